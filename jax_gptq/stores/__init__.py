@@ -1,0 +1,102 @@
+"""Layouts: what a backend computes with. `prepare` repacks a weight once, at load."""
+
+from typing import Any, TypeAlias
+
+import jax
+
+from jax_gptq import ffi
+from jax_gptq.errors import DtypeError, LayoutError, TracingError
+from jax_gptq.stores.dense import DenseStore
+from jax_gptq.stores.protocol import PackedStore
+from jax_gptq.weight import GptqWeight, is_concrete
+
+Store: TypeAlias = GptqWeight | DenseStore | PackedStore
+
+PACKED_LAYOUTS: dict[str, type] = {}
+LAYOUTS = ("reference", "dense", *PACKED_LAYOUTS)
+
+
+def prepare(weight: Store, layout: str | None = None) -> Store:
+    """Repack a weight (or re-pack a packed store) into the layout that a backend computes with.
+
+    Args:
+      weight: a `GptqWeight` or a packed store.
+      layout: "cpu" or "cuda" (tiles for the native kernels), "dense" (dequantized once to f32),
+        "reference" (the `GptqWeight` itself), or None: the tiles of the platform that the arrays
+        are on, where its kernel was built and its layout can hold the weight, else "reference".
+        TPU and ROCm have no kernel, so None is "reference" there.
+
+    Returns:
+      A store for `gptq_matmul`: `CpuStore`, `CudaStore`, `DenseStore` or `GptqWeight`.
+
+    Raises:
+      LayoutError: an unknown or unsupported layout ("metal"), one that cannot hold this weight, or
+        a dense store, which has no way back.
+      TracingError: called inside `jax.jit`; repacking is done once, outside.
+    """
+    _check_layout(layout)
+    if isinstance(weight, DenseStore):
+        raise LayoutError(
+            "prepare: expected a GptqWeight or a packed store, found a dense store, which no longer "
+            "holds codes and scales; prepare from the original weight"
+        )
+    if not isinstance(weight, (GptqWeight, PackedStore)):
+        raise DtypeError(f"prepare: expected a GptqWeight or a store, found {type(weight).__name__}")
+    if not all(is_concrete(leaf) for leaf in jax.tree.leaves(weight)):
+        raise TracingError(
+            "prepare: the weight is being traced; repack once outside jax.jit and pass the store "
+            "in as an argument"
+        )
+    if layout is None:
+        layout = _default_layout(weight)
+    if layout in PACKED_LAYOUTS and isinstance(weight, PACKED_LAYOUTS[layout]):
+        return weight
+    normal = weight if isinstance(weight, GptqWeight) else jax.jit(type(weight).unpack)(weight)
+    if layout == "reference":
+        return normal
+    if layout == "dense":
+        return jax.jit(DenseStore.pack)(normal)
+    return PACKED_LAYOUTS[layout].pack(normal)
+
+
+def logical_weight(store: Store) -> GptqWeight:
+    """The `GptqWeight` that a store stands for.
+
+    Raises:
+      LayoutError: a dense store no longer holds it.
+    """
+    if isinstance(store, DenseStore):
+        raise LayoutError("a dense store no longer holds codes and scales; keep the GptqWeight")
+    return store if isinstance(store, GptqWeight) else store.unpack()
+
+
+def _check_layout(layout: str | None) -> None:
+    if layout == "metal":
+        raise LayoutError(
+            'layout "metal" is unsupported: jax_gptq has no Metal kernel. Use layout="dense" or '
+            '"reference" on the CPU of that machine (JAX_PLATFORMS=cpu)'
+        )
+    if layout is not None and layout not in LAYOUTS:
+        raise LayoutError(f"layout must be None or one of {LAYOUTS}, found {layout!r}")
+
+
+def _default_layout(weight: Store) -> str:
+    platform = _platform(weight)
+    if platform == "metal":
+        _check_layout(platform)
+    if platform not in PACKED_LAYOUTS or not ffi.has(platform):
+        return "reference"
+    if isinstance(weight, PACKED_LAYOUTS[platform]):
+        return platform
+    normal = weight if isinstance(weight, GptqWeight) else jax.eval_shape(weight.unpack)
+    return "reference" if PACKED_LAYOUTS[platform].unsupported(normal) else platform
+
+
+def _platform(tree: Any) -> str:
+    """"cpu", "cuda", "rocm", "tpu" or "metal": where the arrays are, else the default device."""
+    devices = [d for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) for d in leaf.devices()]
+    device = devices[0] if devices else jax.numpy.zeros(()).devices().pop()
+    platform = device.platform.lower()
+    if platform == "gpu":
+        return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+    return platform
