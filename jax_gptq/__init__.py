@@ -44,6 +44,5 @@ def __getattr__(name: str) -> Any:
         if extra is None or (error.name or "").startswith("jax_gptq"):
             raise
         raise MissingExtraError(
-            f"jax_gptq.{name} needs the package {error.name!r}: "
-            f"pip install 'jax_gptq[{extra}]'"
+            f"jax_gptq.{name} needs the package {error.name!r}: pip install 'jax_gptq[{extra}]'"
         ) from error

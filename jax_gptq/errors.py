@@ -35,7 +35,7 @@ class ZeroPointError(JaxGptqError, ValueError):
 
 
 class CheckpointFormatError(JaxGptqError, ValueError):
-    """An unknown or contradictory `quant_method`, `checkpoint_format`, `pack_dtype` or file layout."""
+    """An unknown or contradictory `quant_method`, `checkpoint_format` or `pack_dtype`."""
 
 
 class ConfigError(JaxGptqError, ValueError):

@@ -69,9 +69,7 @@ class GptqLinear:
             if not jnp.issubdtype(bias.dtype, jnp.floating):
                 raise DtypeError(f"bias: expected a float dtype, found {bias.dtype}")
             if bias.shape != (self.out_features,):
-                raise ShapeError(
-                    f"bias: expected shape ({self.out_features},), found {bias.shape}"
-                )
+                raise ShapeError(f"bias: expected shape ({self.out_features},), found {bias.shape}")
         return dataclasses.replace(self, bias=bias)
 
     def with_activations(self, activations: str | None) -> "GptqLinear":
@@ -92,6 +90,4 @@ class GptqLinear:
 
     def __call__(self, x: Array, *, backend: str | None = None) -> Array:
         """x [..., K] -> [..., N] in x's dtype. Raises what `gptq_matmul` raises."""
-        return gptq_matmul(
-            x, self.store, backend, bias=self.bias, activations=self.activations
-        )
+        return gptq_matmul(x, self.store, backend, bias=self.bias, activations=self.activations)

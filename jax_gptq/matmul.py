@@ -32,14 +32,14 @@ def gptq_matmul(
 ) -> Array:
     """x @ W + bias, where W is a quantized weight.
 
-    | backend         | store                | what runs                                            |
-    |-----------------|----------------------|------------------------------------------------------|
-    | None            | any                  | the store's kernel on its platform where it is built |
-    |                 |                      | and takes x; the jnp reference everywhere else       |
-    | "reference"     | any                  | jnp dequantization, f32 arithmetic                   |
-    | "cpu"           | layout "cpu"         | the native host kernel                               |
-    | "cuda"          | layout "cuda"        | the CUDA kernels                                     |
-    | "cuda-emulated" | layout "cuda"        | the CUDA kernels' source on the host (for tests)     |
+    | backend         | store                | what runs                                           |
+    |-----------------|----------------------|-----------------------------------------------------|
+    | None            | any                  | the store's kernel on its platform where it is built|
+    |                 |                      | and takes x; the jnp reference everywhere else      |
+    | "reference"     | any                  | jnp dequantization, f32 arithmetic                  |
+    | "cpu"           | layout "cpu"         | the native host kernel                              |
+    | "cuda"          | layout "cuda"        | the CUDA kernels                                    |
+    | "cuda-emulated" | layout "cuda"        | the CUDA kernels' source on the host (for tests)    |
 
     None always works. A named backend never falls back: its call is emitted on any host, and XLA
     reports a missing handler. Works under jit, vmap, grad, checkpoint, scan, shard_map and export;

@@ -30,7 +30,7 @@ def _per_row(weight: GptqWeight, per_group: Array) -> Array:
 
 
 def reference_matmul(x: Array, weight: GptqWeight, bias: Array | None = None) -> Array:
-    """x [..., K] @ W + bias -> [..., N] in x's dtype; f32 arithmetic and one rounding at the end."""
+    """x [..., K] @ W + bias -> [..., N] in x's dtype: f32 arithmetic, one rounding."""
     return dense_matmul(x, dequantize(weight), bias)
 
 

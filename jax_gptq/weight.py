@@ -117,7 +117,9 @@ class GptqWeight:
         out_features = qweight.shape[1] if out_features is None else out_features
         in_features = qweight.shape[0] * 32 // bits if in_features is None else in_features
         if group_size != -1 and group_size < 1:
-            raise ShapeError(f"{where}scales: group_size must be -1 or at least 1, found {group_size}")
+            raise ShapeError(
+                f"{where}scales: group_size must be -1 or at least 1, found {group_size}"
+            )
         group_size = in_features if group_size == -1 else group_size
         groups = scales.shape[0]
         _expect_shape(
@@ -158,6 +160,30 @@ class GptqWeight:
             jnp.asarray(scales),
             jnp.asarray(zeros),
             None if g_idx is None else jnp.asarray(g_idx),
+            bits,
+            group_size,
+            in_features,
+            out_features,
+        )
+
+    @classmethod
+    def zeros(
+        cls,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int = 4,
+        group_size: int = 128,
+        desc_act: bool = False,
+    ) -> "GptqWeight":
+        """A weight of zero codes and scales, to be restored into: f16 scales, group_size -1 is K."""
+        group_size = in_features if group_size == -1 else group_size
+        groups = -(-in_features // group_size)
+        return cls(
+            jnp.zeros((packed_rows(in_features, bits), out_features), jnp.uint32),
+            jnp.zeros((groups, out_features), jnp.float16),
+            jnp.zeros((groups, out_features), jnp.uint8),
+            jnp.zeros((in_features,), jnp.int32) if desc_act else None,
             bits,
             group_size,
             in_features,
@@ -256,8 +282,8 @@ def _symmetric_zeros(fields: Array, bits: int, name: str) -> Array | np.ndarray:
         found = np.unique(np.asarray(fields))
         if found.tolist() not in ([middle - 1], [middle], []):
             raise ZeroPointError(
-                f"{name}: sym is true, so every stored zero must be {middle - 1} (checkpoint_format "
-                f"gptq) or every one {middle} (gptq_v2); found {found[:8].tolist()}. Set sym to "
-                f"false if the zero points are meant"
+                f"{name}: sym is true, so every stored zero must be {middle - 1} "
+                f"(checkpoint_format gptq) or every one {middle} (gptq_v2); found "
+                f"{found[:8].tolist()}. Set sym to false if the zero points are meant"
             )
     return zeros

@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from jax_gptq import ffi
 from jax_gptq.errors import DtypeError, LayoutError, TracingError
@@ -37,11 +38,13 @@ def prepare(weight: Store, layout: str | None = None) -> Store:
     _check_layout(layout)
     if isinstance(weight, DenseStore):
         raise LayoutError(
-            "prepare: expected a GptqWeight or a packed store, found a dense store, which no longer "
-            "holds codes and scales; prepare from the original weight"
+            "prepare: expected a GptqWeight or a packed store, found a dense store, which no "
+            "longer holds codes and scales; prepare from the original weight"
         )
     if not isinstance(weight, (GptqWeight, PackedStore)):
-        raise DtypeError(f"prepare: expected a GptqWeight or a store, found {type(weight).__name__}")
+        raise DtypeError(
+            f"prepare: weight: expected a GptqWeight or a store, found {type(weight).__name__}"
+        )
     if not all(is_concrete(leaf) for leaf in jax.tree.leaves(weight)):
         raise TracingError(
             "prepare: the weight is being traced; repack once outside jax.jit and pass the store "
@@ -93,9 +96,9 @@ def _default_layout(weight: Store) -> str:
 
 
 def _platform(tree: Any) -> str:
-    """"cpu", "cuda", "rocm", "tpu" or "metal": where the arrays are, else the default device."""
-    devices = [d for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) for d in leaf.devices()]
-    device = devices[0] if devices else jax.numpy.zeros(()).devices().pop()
+    """ "cpu", "cuda", "rocm", "tpu" or "metal": where the arrays are, else the default device."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    device = min((arrays[0] if arrays else jnp.zeros(())).devices(), key=lambda d: d.id)
     platform = device.platform.lower()
     if platform == "gpu":
         return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
