@@ -141,8 +141,8 @@ def replace_linears(
 def _checked(path, name, layers, linears) -> core.GptqLinear:
     if path not in layers:
         raise MissingTensorError(
-            f"replace_linears: the model has no nnx.Linear at {path!r}; it has {sorted(layers)[:8]}. "
-            f"Pass names={{path: checkpoint name}}"
+            f"replace_linears: the model has no nnx.Linear at {path!r}; it has "
+            f"{sorted(layers)[:8]}. Pass names={{path: checkpoint name}}"
         )
     if name not in linears:
         raise MissingTensorError(

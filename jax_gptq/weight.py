@@ -176,7 +176,7 @@ class GptqWeight:
         group_size: int = 128,
         desc_act: bool = False,
     ) -> "GptqWeight":
-        """A weight of zero codes and scales, to be restored into: f16 scales, group_size -1 is K."""
+        """Zero codes, zero points and f16 scales, to be restored into; group_size -1 means K."""
         group_size = in_features if group_size == -1 else group_size
         groups = -(-in_features // group_size)
         return cls(

@@ -16,10 +16,12 @@ class PackedStore(Protocol):
     Attributes:
       platform: the key of `jax.lax.platform_dependent` under which the kernel runs.
       backends: backend name -> platform its FFI call is lowered for.
+      targets: every FFI target that `ffi_call` can emit; the names are a contract.
     """
 
     platform: ClassVar[str]
     backends: ClassVar[dict[str, str]]
+    targets: ClassVar[tuple[str, ...]]
 
     @property
     def in_features(self) -> int: ...
