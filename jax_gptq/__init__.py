@@ -11,7 +11,7 @@ from jax_gptq.errors import JaxGptqError, MissingExtraError
 from jax_gptq.linear import GptqLinear
 from jax_gptq.matmul import gptq_matmul
 from jax_gptq.reference import dequantize
-from jax_gptq.stores import prepare
+from jax_gptq.stores import EXPORT_DISABLED_CHECKS, prepare
 from jax_gptq.weight import GptqWeight
 
 # Submodule -> the extra it needs (None: the core suffices), loaded on first use.
@@ -25,6 +25,7 @@ _SUBMODULES = {
 }
 
 __all__ = [
+    "EXPORT_DISABLED_CHECKS",
     "GptqLinear",
     "GptqWeight",
     "JaxGptqError",

@@ -95,7 +95,9 @@ def _differentiable(backend: str | None, activations: str | None, x_permuted: bo
         dtype = dy.dtype  # also x's
         if isinstance(dy, jax.custom_derivatives.SymbolicZero):
             dy = jnp.zeros(dy.shape, dtype)
-        dy = dy.astype(jnp.float32)
+        # Linear in x: where x was not kept, any x gives the same dx.
+        at = jnp.zeros((dy.shape[0], store.in_features)) if x is None else x.astype(jnp.float32)
+        at, dy, store = _match_varying((at, dy.astype(jnp.float32), store))
         leaves, tree = jax.tree.flatten(store)
         floats = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
@@ -103,8 +105,6 @@ def _differentiable(backend: str | None, activations: str | None, x_permuted: bo
             weight = jax.tree.unflatten(tree, _merge(floats, float_leaves, leaves))
             return _reference(x, weight, None, x_permuted)
 
-        # Linear in x: where x was not kept, any x gives the same dx.
-        at = jnp.zeros((dy.shape[0], store.in_features)) if x is None else x.astype(jnp.float32)
         _, pullback = jax.vjp(reference, at, [v for v, f in zip(leaves, floats) if f])
         dx, dfloats = pullback(dy)
         if x is None:

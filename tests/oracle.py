@@ -1,4 +1,4 @@
-"""Float64 NumPy oracle and random weights, shared by the tests. Uses none of the package's maths."""
+"""Float64 NumPy oracle and random weights for the tests: none of the package's maths."""
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class RawWeight:
         exact: bool = False,
         version: str = "gptq",
     ):
-        """`g_idx="random"`: act-order, k // group_size in random order. `exact`: power-of-two scales."""
+        """`g_idx="random"`: k // group_size in random order. `exact`: power-of-two scales."""
         size = k if group_size == -1 else group_size
         groups = -(-k // size)
         if isinstance(g_idx, str):

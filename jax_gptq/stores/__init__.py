@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jax_gptq import ffi
@@ -15,6 +16,13 @@ Store: TypeAlias = GptqWeight | DenseStore | PackedStore
 
 PACKED_LAYOUTS: dict[str, type] = {}
 LAYOUTS = ("reference", "dense", *PACKED_LAYOUTS)
+
+# What `jax.export.export(..., disabled_checks=)` must be told: jax_gptq's FFI targets are stable.
+EXPORT_DISABLED_CHECKS = tuple(
+    jax.export.DisabledSafetyCheck.custom_call(target)
+    for store in PACKED_LAYOUTS.values()
+    for target in store.targets
+)
 
 
 def prepare(weight: Store, layout: str | None = None) -> Store:
