@@ -206,7 +206,7 @@ def test_shard_map_over_two_devices(layout):
     script = f"""
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import PartitionSpec as P
-        import sys; sys.path.insert(0, "tests")
+        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_matmul import setup, rel_error
         from jax_gptq import gptq_matmul
         store, w, x = setup({layout!r}, 128, 128, lead=(6,))
@@ -219,7 +219,7 @@ def test_shard_map_over_two_devices(layout):
             assert rel_error(grad, np.broadcast_to(w.sum(1), x.shape)) < 3e-6
     """
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-P", "-c", textwrap.dedent(script)],
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
