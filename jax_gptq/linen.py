@@ -62,7 +62,9 @@ class GptqDense(linen.Module):
             bias = self.param("bias", zeros, (self.features,), self.param_dtype)
         if self.dtype is not None:
             x = x.astype(self.dtype)
-        return GptqLinear(weight.value, bias, self.activations)(x)
+        store = weight.value
+        assert not isinstance(store, linen.meta.AxisMetadata)  # nothing here boxes it
+        return GptqLinear(store, bias, self.activations)(x)
 
 
 class WithGptq(linen.Module):
@@ -114,9 +116,8 @@ def replace_dense(
     params = traverse_util.flatten_dict(dict(variables["params"]), sep=".")
     kernels = {path[: -len(".kernel")]: v for path, v in params.items() if path.endswith(".kernel")}
     stores = {}
-    names = dict.fromkeys(linears) if names is None else dict(names)
+    names = {name: name for name in linears} if names is None else names
     for path, name in names.items():
-        name = name or path
         if path not in kernels:
             raise MissingTensorError(
                 f"replace_dense: the module has no Dense kernel at {path!r}; it has "

@@ -177,7 +177,7 @@ def _dispatch(backend, activations, x_permuted, x, store, bias) -> Array:
 def _reference(x: Array, store: Store, bias: Array | None, x_permuted: bool) -> Array:
     if isinstance(store, DenseStore):
         return store.matmul(x, bias)
-    if x_permuted and store.perm is not None:
+    if x_permuted and isinstance(store, PackedStore) and store.perm is not None:
         x = x[:, jnp.argsort(store.perm)]
     return reference_matmul(x, logical_weight(store), bias)
 
@@ -208,7 +208,7 @@ def _check_operands(x, store, bias, activations, x_permuted) -> tuple[Array, Arr
             )
     if activations not in ACTIVATIONS:
         raise BackendError(f"activations must be one of {ACTIVATIONS}, found {activations!r}")
-    if x_permuted and not hasattr(store, "perm"):
+    if x_permuted and not isinstance(store, PackedStore):
         raise BackendError(
             f"x_permuted=True needs a store that carries perm, found {type(store).__name__}; "
             f"prepare the weight for a kernel's layout, or pass x in its own order"
@@ -229,7 +229,7 @@ def _check_backend(x: Array, store: Store, backend: str | None, activations: str
         raise BackendError(
             f'backend must be None, "reference" or one of {sorted(layouts)}, found {backend!r}'
         )
-    if not isinstance(store, PACKED_LAYOUTS[layouts[backend]]):
+    if not isinstance(store, PackedStore) or backend not in store.backends:
         raise BackendError(
             f'backend "{backend}" computes with layout "{layouts[backend]}", found a '
             f'{type(store).__name__}; call prepare(weight, layout="{layouts[backend]}") once, or '

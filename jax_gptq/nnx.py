@@ -121,20 +121,20 @@ def replace_linears(
         for path, module in nnx.iter_modules(model)
         if isinstance(module, nnx.Linear)
     }
-    names = dict.fromkeys(linears) if names is None else dict(names)
+    names = {name: name for name in linears} if names is None else names
     swaps: list[tuple[str, tuple[Any, ...], core.GptqLinear]] = []
     for path, name in names.items():
-        linear = _checked(path, name or path, layers, linears)
+        linear = _checked(path, name, layers, linears)
         swaps.append((path, layers[path][0], linear))
-    for _, path, linear in swaps:
-        parent = model
-        for key in path[:-1]:
+    for _, keys, linear in swaps:
+        parent: Any = model
+        for key in keys[:-1]:
             parent = parent[key] if isinstance(key, int) else getattr(parent, key)
         layer = GptqLinear.from_linear(linear)
-        if isinstance(path[-1], int):
-            parent[path[-1]] = layer
+        if isinstance(keys[-1], int):
+            parent[keys[-1]] = layer
         else:
-            setattr(parent, path[-1], layer)
+            setattr(parent, keys[-1], layer)
     return [path for path in layers if path in names]
 
 

@@ -110,56 +110,57 @@ class GptqWeight:
             raise CheckpointFormatError(
                 f"{where}qzeros: zero_add must be one of {ZERO_ADD_RULES}, found {zero_add!r}"
             )
-        qweight = _as_words(qweight, f"{where}qweight")
-        qzeros = _as_words(qzeros, f"{where}qzeros")
-        scales = _as_scales(scales, f"{where}scales")
+        words = _as_words(qweight, f"{where}qweight")
+        zero_words = _as_words(qzeros, f"{where}qzeros")
+        group_scales = _as_scales(scales, f"{where}scales")
 
-        out_features = qweight.shape[1] if out_features is None else out_features
-        in_features = qweight.shape[0] * 32 // bits if in_features is None else in_features
+        out_features = words.shape[1] if out_features is None else out_features
+        in_features = words.shape[0] * 32 // bits if in_features is None else in_features
         if group_size != -1 and group_size < 1:
             raise ShapeError(
                 f"{where}scales: group_size must be -1 or at least 1, found {group_size}"
             )
         group_size = in_features if group_size == -1 else group_size
-        groups = scales.shape[0]
+        groups = group_scales.shape[0]
         _expect_shape(
-            qweight,
+            words,
             (packed_rows(in_features, bits), out_features),
             f"{where}qweight",
             f"in_features={in_features}, out_features={out_features}, bits={bits}",
         )
         _expect_shape(
-            scales, (groups, out_features), f"{where}scales", f"out_features={out_features}"
+            group_scales, (groups, out_features), f"{where}scales", f"out_features={out_features}"
         )
         _expect_shape(
-            qzeros,
+            zero_words,
             (groups, packed_rows(out_features, bits)),
             f"{where}qzeros",
             f"{groups} groups (rows of scales), out_features={out_features}, bits={bits}",
         )
+        row_groups = None
         if g_idx is not None:
-            g_idx = _normal_g_idx(g_idx, in_features, group_size, groups, f"{where}g_idx")
-        if g_idx is None and groups != -(-in_features // group_size):
+            row_groups = _normal_g_idx(g_idx, in_features, group_size, groups, f"{where}g_idx")
+        if row_groups is None and groups != -(-in_features // group_size):
             raise ShapeError(
                 f"{where}scales: {groups} groups found, but in_features={in_features} with "
                 f"group_size={group_size} has {-(-in_features // group_size)}; check group_size, "
                 f"or pass g_idx"
             )
-        fields = unpack_codes(qzeros.T, bits, out_features).T
+        fields = unpack_codes(zero_words.T, bits, out_features).T
         if sym:
-            zeros = _symmetric_zeros(fields, bits, f"{where}qzeros")
+            zeros: Any = _symmetric_zeros(fields, bits, f"{where}qzeros")
         elif checkpoint_format == "gptq_v2":
             zeros = fields
         elif zero_add == "word" and 32 % bits == 0:
             ones = np.uint32(sum(1 << i for i in range(0, 32, bits)))
-            zeros = unpack_codes((qzeros + ones).T, bits, out_features).T
+            zeros = unpack_codes((zero_words + ones).T, bits, out_features).T
         else:
             zeros = (fields + 1) & np.uint8(2**bits - 1)
         return cls(
-            jnp.asarray(qweight),
-            jnp.asarray(scales),
+            jnp.asarray(words),
+            jnp.asarray(group_scales),
             jnp.asarray(zeros),
-            None if g_idx is None else jnp.asarray(g_idx),
+            None if row_groups is None else jnp.asarray(row_groups),
             bits,
             group_size,
             in_features,
@@ -206,7 +207,7 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def _as_words(x: ArrayLike, name: str) -> Array | np.ndarray:
+def _as_words(x: ArrayLike, name: str) -> Any:
     """View int32 as uint32 without changing a bit; refuse everything else."""
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if x.dtype not in (np.int32, np.uint32):
@@ -221,7 +222,7 @@ def _as_words(x: ArrayLike, name: str) -> Array | np.ndarray:
     return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
 
-def _as_scales(x: ArrayLike, name: str) -> Array | np.ndarray:
+def _as_scales(x: ArrayLike, name: str) -> Any:
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if x.dtype.name not in SCALE_DTYPES:
         raise DtypeError(f"{name}: expected one of {SCALE_DTYPES}, found {x.dtype}")

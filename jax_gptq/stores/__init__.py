@@ -14,7 +14,7 @@ from jax_gptq.weight import GptqWeight, is_concrete
 
 Store: TypeAlias = GptqWeight | DenseStore | PackedStore
 
-PACKED_LAYOUTS: dict[str, type] = {}
+PACKED_LAYOUTS: dict[str, type[PackedStore]] = {}
 LAYOUTS = ("reference", "dense", *PACKED_LAYOUTS)
 
 # What `jax.export.export(..., disabled_checks=)` must be told: jax_gptq's FFI targets are stable.
@@ -91,7 +91,7 @@ def _check_layout(layout: str | None) -> None:
         raise LayoutError(f"layout must be None or one of {LAYOUTS}, found {layout!r}")
 
 
-def _default_layout(weight: Store) -> str:
+def _default_layout(weight: GptqWeight | PackedStore) -> str:
     platform = _platform(weight)
     if platform == "metal":
         _check_layout(platform)

@@ -3,6 +3,7 @@
 from typing import ClassVar, Protocol, runtime_checkable
 
 from jax import Array
+from jax.typing import DTypeLike
 
 from jax_gptq.weight import GptqWeight
 
@@ -24,10 +25,16 @@ class PackedStore(Protocol):
     targets: ClassVar[tuple[str, ...]]
 
     @property
-    def in_features(self) -> int: ...
+    def perm(self) -> Array | None:
+        """int32 [K], the row of W at each of the store's rows; None: in W's order."""
 
     @property
-    def out_features(self) -> int: ...
+    def in_features(self) -> int:
+        """K."""
+
+    @property
+    def out_features(self) -> int:
+        """N."""
 
     @staticmethod
     def unsupported(weight: GptqWeight) -> str | None:
@@ -40,7 +47,7 @@ class PackedStore(Protocol):
     def unpack(self) -> GptqWeight:
         """The exact inverse of `pack`, in jnp: it can be traced."""
 
-    def supports(self, x_dtype, activations: str | None) -> str | None:
+    def supports(self, x_dtype: DTypeLike, activations: str | None) -> str | None:
         """Why the kernel cannot take activations of this dtype or mode; None if it can."""
 
     def ffi_call(
