@@ -17,6 +17,7 @@ from jax_gptq.weight import GptqWeight
 # Submodule -> the extra it needs (None: the core suffices), loaded on first use.
 _SUBMODULES = {
     "errors": None,
+    "packing": None,
     "quantize": None,
     "sharding": None,
     "nnx": "flax",
