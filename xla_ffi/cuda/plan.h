@@ -1,0 +1,72 @@
+// Which kernel computes a product, with which grid: pure functions of shapes and device, used by
+// the FFI handler, the launches, the emulator and the tests alike.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace jax_gptq::cuda {
+
+// The most rows of x that the decode kernel takes.
+constexpr int kDecodeRows = 16;
+
+// Bytes of the workspace that every matmul call passes, for every shape and architecture. A plan
+// splits K only while its partial sums fit: splits * tiles of 64 x 64 <= kMaxSplitTiles.
+constexpr int kMaxSplitTiles = 512;
+constexpr int64_t kWorkspaceBytes = int64_t{kMaxSplitTiles} * 64 * 64 * 4;
+
+// y [m, n] = x [m, k] W [k, n] + bias [n].
+struct Problem {
+  int m, n, k;
+  int bits;        // in which codes are held: 4 or 8
+  int group_size;  // a multiple of 16, or >= k
+  int groups;      // ceil(k / group_size)
+  Dtype type;      // of x and y: f16 or bf16
+  Dtype scale_type;
+  const void* x;       // [m, k]
+  const void* codes;   // layout.h
+  const void* scales;  // [tiles_n(n)][groups][64]
+  const void* zeros;   // uint8, as scales
+  const float* bias;   // [n], or null
+  void* y;             // [m, n]
+};
+
+struct Device {
+  int arch;          // 10 * major + minor
+  int processors;    // streaming multiprocessors
+  int shared_bytes;  // shared memory that one block may opt in to
+};
+
+enum class Kernel : int {
+  kNone,    // no rows: nothing to launch
+  kDecode,  // m <= 16, scales on f32 accumulators
+  kMma,     // larger m, mma.sync, weights rounded once
+  kWgmma,   // larger m, sm_90a, weights rounded once
+};
+
+// How parts of K are added up. Always in rank order, so that equal inputs give equal bits.
+enum class Reduction : int {
+  kNone,       // K is not split
+  kCluster,    // the splits of a tile are one cluster and read each other's shared memory
+  kWorkspace,  // f32 partial sums [split][m][64 tiles_n(n)], added by a second kernel
+};
+
+struct Plan {
+  Kernel kernel = Kernel::kNone;
+  Reduction reduction = Reduction::kNone;
+  int tiles = 1;      // kDecode: tiles of 64 output features that a block holds at once: 1, 2, 4
+  int block_m = 0;    // kMma: rows of x per block: 16, 32, 64 or 128
+  int splits = 1;     // parts of K
+  int grid = 0;       // blocks
+  int stages = 0;     // of the pipeline
+  int shared_bytes = 0;
+};
+
+// Whether an architecture has the kernels at all.
+constexpr bool supported(const Device& device) { return device.arch >= 80; }
+
+// The plan for `problem` (its pointers are not looked at).
+Plan make_plan(const Problem& problem, const Device& device);
+
+}  // namespace jax_gptq::cuda
