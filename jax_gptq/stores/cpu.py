@@ -4,8 +4,9 @@ Rows of W are ordered by group, each group padded to a whole number of chunks of
 are padded to tiles of 32. One 32-bit word belongs to one column, and a chunk holds `bits` words
 per column (5, 6 and 7 bits are held as 8). In the word, byte b of quad j stands for row 4j + b:
 
-    4 bits, word w    | row 8w+7 row 8w+3 | row 8w+6 row 8w+2 | row 8w+5 row 8w+1 | row 8w+4 row 8w |
-                      | high  byte 3  low | high  byte 2  low | high  byte 1  low | high byte 0 low |
+    4 bits,      |  byte 3 (top)   |     byte 2      |     byte 1      |     byte 0      |
+    word w       |  high     low   |  high     low   |  high     low   |  high     low   |
+    holds row    | 8w + 7   8w + 3 | 8w + 6   8w + 2 | 8w + 5   8w + 1 | 8w + 4   8w     |
 
 so that masking the low nibbles gives the four codes of quad 2w, one per byte, and the high nibbles
 those of quad 2w + 1: each is an operand of an 8-bit dot-product instruction as it stands. 2 bits
@@ -25,7 +26,7 @@ from jax.typing import DTypeLike
 
 from jax_gptq import ffi
 from jax_gptq.errors import LayoutError
-from jax_gptq.packing import pack_codes, unpack_codes
+from jax_gptq.packing import pack_codes
 from jax_gptq.pytree import register_pytree, static_field
 from jax_gptq.weight import GptqWeight
 
@@ -56,6 +57,7 @@ class CpuStore:
     platform: ClassVar[str] = "cpu"
     layout: ClassVar[str] = "cpu"
     backends: ClassVar[dict[str, str]] = {"cpu": "cpu"}
+    targets: ClassVar[tuple[str, ...]] = (TARGET,)
 
     tiles: Array
     scales: Array
@@ -126,18 +128,18 @@ class CpuStore:
     def unpack(self) -> GptqWeight:
         """The exact inverse of `pack`, in jnp: it can be traced."""
         k, n = self.in_features, self.out_features
-        if self.perm is None:
-            slots, g_idx = _slots(_regular_starts(self), k)[0], None
+        codes = _unpack_tiles(self.tiles, self.bits)[:, :n]
+        g_idx = None
+        if self.perm is None or self.group_starts is None:
+            slots, _ = _slots(_regular_starts(self), k)
+            codes = codes[:k] if np.array_equal(slots, np.arange(k)) else codes[slots]
         else:
             group = jnp.searchsorted(self.group_starts, jnp.arange(k), side="right") - 1
             chunks = _chunks(jnp.diff(self.group_starts))
             first = jnp.cumsum(chunks) - chunks
             slot = first[group] * CHUNK_ROWS + jnp.arange(k) - self.group_starts[group]
-            slots = jnp.zeros(k, jnp.int32).at[self.perm].set(slot)
+            codes = codes[jnp.zeros(k, jnp.int32).at[self.perm].set(slot)]
             g_idx = jnp.zeros(k, jnp.int32).at[self.perm].set(group)
-        codes = _unpack_tiles(self.tiles, self.bits)
-        in_place = self.perm is None and np.array_equal(slots, np.arange(k))
-        codes = codes[:k, :n] if in_place else codes[slots, :n]
         return GptqWeight(
             pack_codes(codes, self.bits),
             _by_group(self.scales)[:, :n],
@@ -173,7 +175,7 @@ class CpuStore:
             2**-21 * sum over groups of max|x_g| * sum|W_g|
 
         and with bfloat16 by 2**-13 of that sum before the one rounding. A row with a NaN, an
-        infinity, a block whose largest value is not in [2**-64, 2**100], or one whose largest value
+        infinity, a block whose largest value is not in [2**-64, 2**65), or one whose largest value
         exceeds 32 times the root mean square of the block's others, is computed by f32 FMA instead;
         the choice depends on that row alone. `activations="int8"` keeps one digit per 32 rows
         (relative error about 5e-3).
