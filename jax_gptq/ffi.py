@@ -10,6 +10,7 @@ import importlib.util
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -39,5 +40,8 @@ def load(module: str) -> ModuleType | None:
 
 
 def result_type(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> jax.ShapeDtypeStruct:
-    """Type of an FFI call's result that varies over the same `shard_map` axes as operand `like`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)
+    """Type of an FFI call's result that varies over the same `shard_map` axes as operand `like`.
+
+    JAX is asked for the type of an expression in `like`: there is no public constructor for it.
+    """
+    return jax.eval_shape(lambda x: jnp.zeros(shape, dtype) + x.sum().astype(dtype), like)

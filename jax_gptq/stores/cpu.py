@@ -58,6 +58,7 @@ class CpuStore:
     layout: ClassVar[str] = "cpu"
     backends: ClassVar[dict[str, str]] = {"cpu": "cpu"}
     targets: ClassVar[tuple[str, ...]] = (TARGET,)
+    targets: ClassVar[tuple[str, ...]] = (TARGET,)
 
     tiles: Array
     scales: Array
