@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax_gptq import ffi
 from jax_gptq.errors import DtypeError, LayoutError, TracingError
 from jax_gptq.stores.cpu import CpuStore
+from jax_gptq.stores.cuda import CudaStore
 from jax_gptq.stores.dense import DenseStore
 from jax_gptq.stores.protocol import PackedStore
 from jax_gptq.weight import GptqWeight, is_concrete
 
 Store: TypeAlias = GptqWeight | DenseStore | PackedStore
 
-PACKED_LAYOUTS: dict[str, type[PackedStore]] = {"cpu": CpuStore}
+PACKED_LAYOUTS: dict[str, type[PackedStore]] = {"cpu": CpuStore, "cuda": CudaStore}
 LAYOUTS = ("reference", "dense", *PACKED_LAYOUTS)
 
 # What `jax.export.export(..., disabled_checks=)` must be told: jax_gptq's FFI targets are stable.
