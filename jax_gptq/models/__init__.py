@@ -1,0 +1,18 @@
+"""Decoder-only language models from checkpoint folders."""
+
+from jax_gptq.models.causal_lm import CausalLM
+from jax_gptq.models.config import DecoderConfig, read_config
+from jax_gptq.models.loading import float_tensors, load, new_model
+from jax_gptq.models.naming import layer_at, linears, set_layer
+
+__all__ = [
+    "CausalLM",
+    "DecoderConfig",
+    "float_tensors",
+    "layer_at",
+    "linears",
+    "load",
+    "new_model",
+    "read_config",
+    "set_layer",
+]

@@ -1,0 +1,114 @@
+"""Attention over fresh or cached keys and values, and what all layers of a pass share."""
+
+import dataclasses
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_gptq.models.config import DecoderConfig, LayerConfig
+from jax_gptq.models.rope import rope_tables
+
+# Keys and values of one layer, [B, kv_heads, S, head_dim] each; the slot is the position.
+KeyValue: TypeAlias = tuple[Array, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every block of one pass needs; a pytree.
+
+    Attributes:
+      positions: int32 [B, T], of the tokens of this pass.
+      tables: per kind of layer, rope's (cos, sin), or None.
+      masks: per kind of layer, bool [B, T, S]: which slots a token sees.
+    """
+
+    positions: Array
+    tables: tuple[tuple[Array, Array] | None, ...]
+    masks: tuple[Array, ...]
+
+
+def layer_kinds(config: DecoderConfig) -> tuple[LayerConfig, ...]:
+    """The distinct layers of a model (two where local and global attention alternate)."""
+    return tuple(dict.fromkeys(config.layers))
+
+
+def make_context(config: DecoderConfig, positions: Array, slots: int) -> Context:
+    """Rope tables and masks for tokens at `positions` [B, T] that see up to `slots` slots.
+
+    Prompts are padded on the right: no token sees a padded slot, because it would lie after it.
+    """
+    query, slot = positions[:, :, None], jnp.arange(slots)[None, None, :]
+    masks, tables = [], []
+    for kind in layer_kinds(config):
+        mask = slot <= query
+        if kind.window is not None:
+            mask &= slot > query - kind.window
+        masks.append(mask)
+        tables.append(None if kind.rope is None else rope_tables(kind.rope, positions))
+    return Context(positions, tuple(tables), tuple(masks))
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array,
+    cached: KeyValue | None,
+    positions: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, KeyValue]:
+    """Grouped-query attention (Ainslie et al., arXiv:2305.13245), softmax in f32.
+
+    Args:
+      q: [B, T, heads, head_dim]; heads a multiple of kv_heads.
+      k, v: [B, T, kv_heads, head_dim], of the same tokens.
+      mask: bool [B, T, S].
+      cached: None: tokens see each other (S = T). Else T = 1, and the token, written to its slot,
+        sees the cache.
+      positions: int32 [B, T]: the slots of the tokens.
+      scale, softcap: see `DecoderConfig`.
+
+    Returns:
+      [B, T, heads * head_dim] in q's dtype, and the keys and values to keep.
+    """
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    if cached is not None:
+        keys = _write(cached[0], keys, positions[:, 0])
+        values = _write(cached[1], values, positions[:, 0])
+    batch, count, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    grouped = q.reshape(batch, count, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum(
+        "btkgd,bksd->bkgts",
+        grouped,
+        keys,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    scores *= scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    mixed = jnp.einsum(
+        "bkgts,bksd->btkgd",
+        weights,
+        values,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return mixed.reshape(batch, count, heads * head_dim).astype(q.dtype), (keys, values)
+
+
+def _write(cache: Array, new: Array, slots: Array) -> Array:
+    """new [B, kv_heads, 1, head_dim] into cache [B, kv_heads, S, head_dim] at slots [B]."""
+    if cache.shape[0] == 1:  # a slice update happens in place; a batch becomes a scatter
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, slots[0], 0))
+    return jax.vmap(lambda c, n, slot: jax.lax.dynamic_update_slice(c, n, (0, slot, 0)))(
+        cache, new, slots
+    )
