@@ -1,0 +1,268 @@
+// What the device primitives of cuda/primitives.h mean on the host: the same names and signatures,
+// every access checked by the machine. Fragments are laid out as in the PTX ISA (Warp-level matrix
+// instructions: mma.m16n8k16, ldmatrix); products are summed in f32, in order of k.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "floats.h"
+#include "machine.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define threadIdx (::jax_gptq::emulator::thread_index())
+#define blockIdx (::jax_gptq::emulator::machine->block_index())
+#define blockDim (dim3(::jax_gptq::emulator::machine->launched().threads))
+#define gridDim (::jax_gptq::emulator::machine->launched().grid)
+
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace jax_gptq::emulator {
+
+inline dim3 thread_index() { return dim3(machine->thread().index, 0, 0); }
+
+}  // namespace jax_gptq::emulator
+
+namespace jax_gptq::cuda {
+
+using emulator::machine;
+
+struct F16 {};
+struct Bf16 {};
+
+// ---- Launch ----------------------------------------------------------------------------------
+
+struct Grid {
+  dim3 grid;
+  int threads;
+  int cluster = 1;
+  int shared_bytes = 0;
+};
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), const char* name, const Grid& grid, cudaStream_t /*s*/,
+                   A... args) {
+  machine->launch(name, {grid.grid, grid.threads, grid.cluster, grid.shared_bytes},
+                  [&] { kernel(P(args)...); });
+  return cudaSuccess;
+}
+
+// ---- Shared memory ---------------------------------------------------------------------------
+
+inline uint32_t shared_base() { return emulator::kSharedBase; }
+
+template <class T>
+T ld_shared(uint32_t address) {
+  T value;
+  std::memcpy(&value, machine->shared_read(address, sizeof(T), sizeof(T)), sizeof(T));
+  return value;
+}
+
+template <class T>
+void st_shared(uint32_t address, T value) {
+  static_assert(sizeof(T) >= 2, "the history of shared memory is kept per two bytes");
+  std::memcpy(machine->shared_write(address, sizeof(T), sizeof(T)), &value, sizeof(T));
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
+  struct Operands {
+    uint32_t* r;
+    const void* row;  // read, and checked, by the lane that names it
+  } mine{r, machine->shared_read(row, 16, 16)};
+  machine->collective<Operands>("ldmatrix", mine, [](const auto& lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int j = 0; j < 4; ++j) {
+        const auto* from = static_cast<const uint32_t*>(lanes[8 * j + lane / 4]->row);
+        lanes[lane]->r[j] = from[lane % 4];
+      }
+    }
+  });
+}
+
+// ---- Global memory ---------------------------------------------------------------------------
+
+template <class T>
+T ld_global(const void* p) {
+  T value;
+  std::memcpy(&value, machine->global_read(p, sizeof(T), sizeof(T)), sizeof(T));
+  return value;
+}
+
+template <class T>
+T ld_global_nc(const void* p) {
+  return ld_global<T>(p);
+}
+
+template <class T>
+void st_global(void* p, T value) {
+  std::memcpy(machine->global_write(p, sizeof(T), sizeof(T)), &value, sizeof(T));
+}
+
+// ---- Asynchronous copies ---------------------------------------------------------------------
+
+inline void cp_async_16(uint32_t destination, const void* source, bool valid = true) {
+  machine->copy_async(destination, source, valid ? 16 : 0, 16);
+}
+
+inline void cp_async_commit() { machine->copy_async_commit(); }
+
+template <int kPending>
+void cp_async_wait() {
+  machine->copy_async_wait(kPending);
+}
+
+// ---- Barriers and shuffles -------------------------------------------------------------------
+
+inline void block_sync() { machine->barrier(0, machine->launched().threads); }
+inline void warp_sync() { machine->warp_barrier(); }
+inline void named_barrier(int id, int threads) { machine->barrier(id, threads); }
+
+// ---- Tensor cores ----------------------------------------------------------------------------
+
+template <class T>
+float to_float(uint16_t bits) {
+  if constexpr (std::is_same_v<T, F16>) {
+    return emulator::f16_to_float(bits);
+  } else {
+    return emulator::bf16_to_float(bits);
+  }
+}
+
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    float* d;
+    const uint32_t* a;
+    const uint32_t* b;
+  } mine{d, a, b};
+  machine->collective<Operands>("mma.m16n8k16", mine, [](const auto& lanes) {
+    const auto half = [](uint32_t pair, int high) {
+      return to_float<T>(static_cast<uint16_t>(pair >> 16 * high));
+    };
+    float left[16][16], right[16][8], sum[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int high = 0; high < 2; ++high) {
+        for (int i = 0; i < 4; ++i) {
+          left[g + i % 2 * 8][2 * t + i / 2 * 8 + high] = half(lanes[lane]->a[i], high);
+        }
+        for (int i = 0; i < 2; ++i) {
+          right[2 * t + i * 8 + high][g] = half(lanes[lane]->b[i], high);
+        }
+      }
+      for (int i = 0; i < 4; ++i) sum[g + i / 2 * 8][2 * t + i % 2] = lanes[lane]->d[i];
+    }
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        for (int column = 0; column < 8; ++column) {
+          sum[row][column] += left[row][k] * right[k][column];
+        }
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = sum[g + i / 2 * 8][2 * t + i % 2];
+    }
+  });
+}
+
+// ---- Bits and 16-bit floats ------------------------------------------------------------------
+
+template <int kTable>
+uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (kTable >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  }
+  return d;
+}
+
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t choice = selector >> 4 * i & 15;
+    uint32_t byte = bytes >> 8 * (choice & 7) & 0xff;
+    if (choice & 8) byte = byte & 0x80 ? 0xff : 0;  // replicates the sign
+    d |= byte << 8 * i;
+  }
+  return d;
+}
+
+inline uint32_t float_bits(float value) { return emulator::bits_of(value); }
+inline float bits_float(uint32_t bits) { return emulator::float_of(bits); }
+
+template <class T>
+uint16_t from_float(float value) {
+  if constexpr (std::is_same_v<T, F16>) {
+    return emulator::float_to_f16(value);
+  } else {
+    return emulator::float_to_bf16(value);
+  }
+}
+
+template <class T>
+uint32_t pack2(float low, float high) {
+  return from_float<T>(low) | static_cast<uint32_t>(from_float<T>(high)) << 16;
+}
+
+template <class T>
+float2 unpack2(uint32_t pair) {
+  return {to_float<T>(static_cast<uint16_t>(pair)), to_float<T>(static_cast<uint16_t>(pair >> 16))};
+}
+
+// A float has more than twice the digits of either type, so rounding to it first changes nothing.
+template <class T>
+uint32_t sub2(uint32_t a, uint32_t b) {
+  const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+  return pack2<T>(x.x - y.x, x.y - y.y);
+}
+
+template <class T>
+uint32_t mul2(uint32_t a, uint32_t b) {
+  const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+  return pack2<T>(x.x * y.x, x.y * y.y);
+}
+
+// ---- Clusters --------------------------------------------------------------------------------
+
+inline int cluster_rank() { return machine->own_rank(); }
+inline void cluster_arrive() { machine->cluster_arrive(); }
+inline void cluster_wait() { machine->cluster_wait(); }
+
+inline uint32_t cluster_map(uint32_t address, uint32_t rank) {
+  return machine->cluster_map(address, rank);
+}
+
+template <class T>
+T ld_cluster(uint32_t mapped) {
+  T value;
+  std::memcpy(&value, machine->cluster_read(mapped, sizeof(T), sizeof(T)), sizeof(T));
+  return value;
+}
+
+}  // namespace jax_gptq::cuda
