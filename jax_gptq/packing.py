@@ -64,3 +64,17 @@ def unpack_codes(packed: Array, bits: int, count: int) -> Array:
         codes |= jnp.where(straddles, high << np.where(straddles, 32 - shift, 0), 0)
     codes = (codes & np.uint32(2**bits - 1)).astype(jnp.uint8)
     return codes.reshape(periods * per, columns)[:count]
+
+
+def unpack_codes_on_host(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """`unpack_codes` in NumPy: nothing is compiled while a model is loaded."""
+    codes = np.empty((count, packed.shape[1]), np.uint8)
+    words, per = _period(bits)
+    for i in range(min(per, count)):
+        word, shift = divmod(i * bits, 32)
+        field = packed[word::words] >> np.uint32(shift)
+        if shift + bits > 32:
+            high = packed[word + 1 :: words]
+            field[: len(high)] |= high << np.uint32(32 - shift)
+        codes[i::per] = (field & np.uint32(2**bits - 1))[: len(codes[i::per])]
+    return codes

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from oracle import pack_bits
 
-from jax_gptq.packing import pack_codes, packed_rows, unpack_codes
+from jax_gptq.packing import pack_codes, packed_rows, unpack_codes, unpack_codes_on_host
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -16,6 +16,7 @@ def test_streams(bits, count):
     words = pack_bits(codes, bits).view(np.uint32)
     assert words.shape == (packed_rows(count, bits), 5)
     np.testing.assert_array_equal(pack_codes(codes, bits), words)
+    np.testing.assert_array_equal(unpack_codes_on_host(words, bits, count), codes)
     np.testing.assert_array_equal(
         jax.jit(unpack_codes, static_argnums=(1, 2))(words, bits, count), codes
     )

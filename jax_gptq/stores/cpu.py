@@ -15,7 +15,6 @@ put four quads into a word (word w, bits 2i: quad 4w + i), 8 bits one, and 3 bit
 """
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -26,8 +25,9 @@ from jax.typing import DTypeLike
 
 from jax_gptq import ffi
 from jax_gptq.errors import LayoutError
-from jax_gptq.packing import pack_codes
+from jax_gptq.packing import pack_codes, unpack_codes_on_host
 from jax_gptq.pytree import register_pytree, static_field
+from jax_gptq.stores.columns import by_group, by_tile
 from jax_gptq.weight import GptqWeight
 
 TARGET = "jax_gptq.cpu.matmul.v1"
@@ -57,7 +57,6 @@ class CpuStore:
     platform: ClassVar[str] = "cpu"
     layout: ClassVar[str] = "cpu"
     backends: ClassVar[dict[str, str]] = {"cpu": "cpu"}
-    targets: ClassVar[tuple[str, ...]] = (TARGET,)
     targets: ClassVar[tuple[str, ...]] = (TARGET,)
 
     tiles: Array
@@ -116,8 +115,8 @@ class CpuStore:
             tiles[first : first + slab] = _pack_tiles(words, weight.bits, rows, k)
         return cls(
             jnp.asarray(tiles),
-            jnp.asarray(_by_tile(np.asarray(weight.scales))),
-            jnp.asarray(_by_tile(np.asarray(weight.qzeros))),
+            jnp.asarray(by_tile(np.asarray(weight.scales), TILE_COLUMNS)),
+            jnp.asarray(by_tile(np.asarray(weight.qzeros), TILE_COLUMNS)),
             None if perm is None else jnp.asarray(perm),
             None if perm is None else jnp.asarray(starts),
             weight.bits,
@@ -143,8 +142,8 @@ class CpuStore:
             g_idx = jnp.zeros(k, jnp.int32).at[self.perm].set(group)
         return GptqWeight(
             pack_codes(codes, self.bits),
-            _by_group(self.scales)[:, :n],
-            _by_group(self.qzeros)[:, :n],
+            by_group(self.scales, n),
+            by_group(self.qzeros, n),
             g_idx,
             self.bits,
             self.group_size,
@@ -230,24 +229,11 @@ def _slots(starts: np.ndarray, k: int) -> tuple[np.ndarray, int]:
     return np.arange(k) + shift, int(chunks.sum())
 
 
-def _by_tile(per_group: np.ndarray) -> np.ndarray:
-    """[G, N] -> [T, G, 32], zero-padded."""
-    groups, columns = per_group.shape
-    padded = np.zeros((groups, _tiles(columns) * TILE_COLUMNS), per_group.dtype)
-    padded[:, :columns] = per_group
-    return np.ascontiguousarray(padded.reshape(groups, -1, TILE_COLUMNS).swapaxes(0, 1))
-
-
-def _by_group(per_tile: Array) -> Array:
-    """[T, G, 32] -> [G, T * 32]."""
-    return per_tile.swapaxes(0, 1).reshape(per_tile.shape[1], -1)
-
-
 def _pack_tiles(qweight: np.ndarray, bits: int, rows: np.ndarray, k: int) -> np.ndarray:
     """uint32 [ceil(K * bits / 32), columns] -> uint32 [T, C, B, 32]; `rows` K means padding."""
     columns = qweight.shape[1]
     codes = np.zeros((k + 1, _tiles(columns) * TILE_COLUMNS), np.uint8)
-    codes[:k, :columns] = _host_codes(qweight, bits, k)
+    codes[:k, :columns] = unpack_codes_on_host(qweight, bits, k)
     if not np.array_equal(rows, np.arange(k)):
         codes = codes[rows]
     quads = codes[: len(rows)].reshape(-1, 8, 4, codes.shape[1])
@@ -265,22 +251,6 @@ def _merge_quads(quads: np.ndarray, bits: int) -> np.ndarray:
     for i in range(1, 8 // bits):
         merged |= quads[:, i :: 8 // bits] << (bits * i)
     return merged
-
-
-def _host_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """`packing.unpack_codes` in NumPy: nothing is compiled while a model is loaded."""
-    codes = np.empty((count, words.shape[1]), np.uint8)
-    period = 32 // math.gcd(bits, 32)
-    step = period * bits // 32
-    for i in range(min(period, count)):
-        word, shift = divmod(i * bits, 32)
-        field = words[word::step] >> np.uint32(shift)
-        if shift + bits > 32:
-            field[: len(words[word + 1 :: step])] |= words[word + 1 :: step] << np.uint32(
-                32 - shift
-            )
-        codes[i::period] = (field & np.uint32(2**bits - 1))[: len(codes[i::period])]
-    return codes
 
 
 def _unpack_tiles(tiles: Array, bits: int) -> Array:

@@ -22,8 +22,9 @@ from jax.typing import DTypeLike
 
 from jax_gptq import ffi
 from jax_gptq.errors import LayoutError
-from jax_gptq.packing import pack_codes
+from jax_gptq.packing import pack_codes, unpack_codes_on_host
 from jax_gptq.pytree import register_pytree, static_field
+from jax_gptq.stores.columns import by_group, by_tile
 from jax_gptq.stores.cuda_crossover import dequantize_from_rows
 from jax_gptq.weight import GptqWeight, is_concrete
 
@@ -114,7 +115,7 @@ class CudaStore:
         slab = max(1, _SLAB_CODES // (steps * TILE * TILE))
         for first in range(0, tiles, slab):
             columns = slice(first * TILE, (first + slab) * TILE)
-            rows = _host_codes(qweight[:, columns], weight.bits, k)
+            rows = unpack_codes_on_host(qweight[:, columns], weight.bits, k)
             rows = rows if perm is None else rows[perm]
             padded = np.zeros((steps * TILE, -(-rows.shape[1] // TILE) * TILE), np.uint8)
             padded[:k, : rows.shape[1]] = rows
@@ -122,8 +123,8 @@ class CudaStore:
             codes[first : first + slab] = _tile(padded, held)
         return cls(
             jnp.asarray(codes),
-            jnp.asarray(_by_tile(np.asarray(weight.scales))),
-            jnp.asarray(_by_tile(qzeros)),
+            jnp.asarray(by_tile(np.asarray(weight.scales), TILE)),
+            jnp.asarray(by_tile(qzeros, TILE)),
             None if perm is None else jnp.asarray(perm),
             weight.bits,
             weight.group_size,
@@ -142,8 +143,8 @@ class CudaStore:
             g_idx = jnp.zeros(k, jnp.int32).at[self.perm].set(group)
         return GptqWeight(
             pack_codes(codes, self.bits),
-            _by_group(self.scales)[:, :n],
-            _by_group(self.qzeros)[:, :n],
+            by_group(self.scales, n),
+            by_group(self.qzeros, n),
             g_idx,
             self.bits,
             self.group_size,
@@ -226,30 +227,6 @@ class CudaStore:
 def _held_bits(bits: int) -> int:
     """Width in which a code is held."""
     return 4 if bits <= 4 else 8
-
-
-def _by_tile(per_group: np.ndarray) -> np.ndarray:
-    """[G, N] -> [T, G, 64], zero-padded."""
-    groups, columns = per_group.shape
-    padded = np.zeros((groups, -(-columns // TILE) * TILE), per_group.dtype)
-    padded[:, :columns] = per_group
-    return np.ascontiguousarray(padded.reshape(groups, -1, TILE).swapaxes(0, 1))
-
-
-def _by_group(per_tile: Array) -> Array:
-    """[T, G, 64] -> [G, T * 64]."""
-    return per_tile.swapaxes(0, 1).reshape(per_tile.shape[1], -1)
-
-
-def _host_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """`packing.unpack_codes` in NumPy: nothing is compiled while a model is loaded."""
-    starts = np.arange(count) * bits
-    word, shift = starts // 32, (starts % 32).astype(np.uint32)[:, None]
-    if 32 % bits == 0:
-        return (words[word] >> shift).astype(np.uint8) & np.uint8(2**bits - 1)
-    wide = words.astype(np.uint64)
-    wide[:-1] |= wide[1:] << np.uint64(32)
-    return (wide[word] >> shift.astype(np.uint64)).astype(np.uint8) & np.uint8(2**bits - 1)
 
 
 # Axes of codes [K, N] split as the layout needs them, k from the highest: step of 64 or 32, step of
