@@ -88,7 +88,8 @@ def _differentiable(backend: str | None, activations: str | None, x_permuted: bo
         x, store, bias = jax.tree.map(lambda p: p.value, primals)
         # x is kept only for the gradient of the scales, which frozen weights never ask for.
         kept_x = x if any(p.perturbed for p in jax.tree.leaves(primals[1])) else None
-        return forward(x, store, bias), (kept_x, store, bias)
+        # The differentiable op again, so that a second derivative meets this rule, not the kernel.
+        return matmul(x, store, bias), (kept_x, store, bias)
 
     def bwd(residuals, dy):
         x, store, bias = residuals
@@ -96,7 +97,8 @@ def _differentiable(backend: str | None, activations: str | None, x_permuted: bo
         if isinstance(dy, jax.custom_derivatives.SymbolicZero):
             dy = jnp.zeros(dy.shape, dtype)
         # Linear in x: where x was not kept, any x gives the same dx.
-        at = jnp.zeros((dy.shape[0], store.in_features)) if x is None else x.astype(jnp.float32)
+        like_x = (dy.shape[0], store.in_features)
+        at = jnp.zeros(like_x, jnp.float32) if x is None else x.astype(jnp.float32)
         at, dy, store = _match_varying((at, dy.astype(jnp.float32), store))
         leaves, tree = jax.tree.flatten(store)
         floats = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]

@@ -123,6 +123,22 @@ def test_gradients(layout):
     assert rel_error(batched, np.broadcast_to(w.sum(1), x.shape)) < 3e-6
 
 
+def test_second_derivative(layout):
+    store, w, x = setup(layout, 32, 16, lead=())
+    hessian = jax.jacrev(jax.grad(lambda x: (jax_gptq.gptq_matmul(x, store) ** 2).sum()))(x)
+    assert rel_error(hessian, 2 * w @ w.T) < 3e-6
+
+
+def test_with_64_bit_types_enabled(layout):
+    store, w, x = setup(layout, g_idx="random")
+    with jax.enable_x64(True):
+        y, dx = jax.value_and_grad(lambda x: jax_gptq.gptq_matmul(x, store).sum())(x)
+        normal = store if layout == "dense" else jax_gptq.prepare(store, "reference")
+        assert rel_error(jax_gptq.gptq_matmul(x, normal), np.asarray(x, np.float64) @ w) < 3e-6
+    assert dx.dtype == np.float32
+    assert rel_error(dx, np.broadcast_to(w.sum(1), x.shape)) < 3e-6
+
+
 @pytest.mark.parametrize("layout", NOT_DENSE)
 def test_gradient_of_the_scales(layout):
     store, _, x = setup(layout, g_idx="random", scale_dtype=np.float32)

@@ -134,10 +134,11 @@ class CpuStore:
             slots, _ = _slots(_regular_starts(self), k)
             codes = codes[:k] if np.array_equal(slots, np.arange(k)) else codes[slots]
         else:
-            group = jnp.searchsorted(self.group_starts, jnp.arange(k), side="right") - 1
+            row = jnp.arange(k, dtype=jnp.int32)
+            group = jnp.searchsorted(self.group_starts, row, side="right").astype(jnp.int32) - 1
             chunks = _chunks(jnp.diff(self.group_starts))
-            first = jnp.cumsum(chunks) - chunks
-            slot = first[group] * CHUNK_ROWS + jnp.arange(k) - self.group_starts[group]
+            first = jnp.cumsum(chunks, dtype=jnp.int32) - chunks
+            slot = first[group] * CHUNK_ROWS + row - self.group_starts[group]
             codes = codes[jnp.zeros(k, jnp.int32).at[self.perm].set(slot)]
             g_idx = jnp.zeros(k, jnp.int32).at[self.perm].set(group)
         return GptqWeight(
