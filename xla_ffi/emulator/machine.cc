@@ -39,7 +39,7 @@ std::string Machine::name_of(uint32_t agent) const {
 
 void Machine::fail(const std::string& problem) const {
   std::string where = std::string("kernel ") + kernel_;
-  if (running_ != nullptr) where += ", " + name_of(running_->agent);
+  if (running_ != nullptr) where += ", " + name_of(running_->observer.agent);
   throw KernelError(where + ": " + problem);
 }
 
@@ -54,6 +54,7 @@ void Machine::require_arch(int arch, const char* what) {
 
 void Machine::launch(const char* kernel, const Launch& launch, const std::function<void()>& body) {
   kernel_ = kernel;
+  launched_kernels_.push_back(kernel);
   launch_ = launch;
   body_ = &body;
   running_ = nullptr;
@@ -73,7 +74,6 @@ void Machine::launch(const char* kernel, const Launch& launch, const std::functi
          std::to_string(max_shared_bytes(architecture_.arch)));
   }
   memory_.start_launch();
-  machine = this;
   std::vector<int> order(blocks / launch.cluster);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random_);
@@ -96,7 +96,7 @@ void Machine::run_cluster(int cluster) {
     block.mbarriers.clear();
     block.barriers.fill({});
   }
-  vectors_.assign(static_cast<size_t>(agents_) * count, 0);
+  const Seen nothing = std::make_shared<const Vector>(agents_, 0);
   threads_.assign(count, {});
   warps_.assign(count / kWarp, {});
   for (int i = 0; i < count; ++i) {
@@ -104,17 +104,16 @@ void Machine::run_cluster(int cluster) {
     thread.fiber = fibers_[i].get();
     thread.index = i % launch_.threads;
     thread.block = i / launch_.threads;
-    thread.agent = i;
-    thread.vector = &vectors_[static_cast<size_t>(i) * agents_];
-    thread.vector[i] = 1;
+    thread.observer.agent = i;
+    thread.observer.seen = nothing;
     thread.fiber->start(&Machine::thread_main);
   }
   for (Warp& warp : warps_) warp.ready = kAllLanes;
   bulk_copies_.clear();
   cluster_arrivals_ = 0;
   cluster_phase_ = 0;
-  cluster_seen_.assign(agents_, 0);
-  cluster_released_.assign(agents_, 0);
+  cluster_released_ = {};
+  cluster_completed_ = nothing;
   cluster_waiting_.clear();
   error_.clear();
   alive_ = count;
@@ -177,7 +176,7 @@ void Machine::deadlock() {
   for (const Thread& thread : threads_) {
     if (thread.finished) continue;
     auto& [count, first] = waits[thread.waits_for];
-    if (count++ == 0) first = thread.agent;
+    if (count++ == 0) first = thread.observer.agent;
   }
   std::string list;
   for (const auto& [what, who] : waits) {
@@ -188,7 +187,7 @@ void Machine::deadlock() {
   fail("deadlock: " + list + "; " + std::to_string(finished) + " have ended");
 }
 
-Warp& Machine::warp_of(const Thread& thread) { return warps_[thread.agent / kWarp]; }
+Warp& Machine::warp_of(const Thread& thread) { return warps_[thread.observer.agent / kWarp]; }
 
 void Machine::sleep(const char* reason) {
   Thread& thread = *running_;
@@ -207,23 +206,46 @@ dim3 Machine::block_index() const {
 
 // ---- Clocks ----------------------------------------------------------------------------------
 
-Stamp Machine::stamp() const {
-  return make_stamp(running_->agent, running_->vector[running_->agent]);
+void Released::add(const Observer& thread) {
+  if (seen_.empty() || seen_.back() != thread.seen) seen_.push_back(thread.seen);
+  clocks_.push_back({thread.agent, thread.clock});
+}
+
+Seen Released::take(uint32_t agents) {
+  auto all = std::make_shared<Vector>(agents, 0);
+  std::sort(seen_.begin(), seen_.end());
+  seen_.erase(std::unique(seen_.begin(), seen_.end()), seen_.end());
+  for (const Seen& seen : seen_) {
+    for (uint32_t i = 0; i < agents; ++i) (*all)[i] = std::max((*all)[i], (*seen)[i]);
+  }
+  for (const auto& [agent, clock] : clocks_) (*all)[agent] = std::max((*all)[agent], clock);
+  seen_.clear();
+  clocks_.clear();
+  return all;
 }
 
 void Machine::tick(Thread& thread) {
-  if (++thread.vector[thread.agent] >= kMaxClock) fail("more barriers than the emulator can count");
+  if (++thread.observer.clock >= kMaxClock) fail("more barriers than the emulator can count");
 }
 
 // The running thread publishes what it has seen and done.
-void Machine::release_into(Vector& seen) {
-  const uint32_t* vector = running_->vector;
-  for (uint32_t i = 0; i < agents_; ++i) seen[i] = std::max(seen[i], vector[i]);
+void Machine::release_into(Released& released) {
+  released.add(running_->observer);
   tick(*running_);
 }
 
-void Machine::acquire_from(Thread& thread, const Vector& seen) {
-  for (uint32_t i = 0; i < agents_; ++i) thread.vector[i] = std::max(thread.vector[i], seen[i]);
+// The running thread sees what others have published.
+void Machine::acquire(const Seen& seen) {
+  Seen& own = running_->observer.seen;
+  if (own == seen) return;
+  if (left_ != own || right_ != seen) {
+    auto both = std::make_shared<Vector>(*own);
+    for (uint32_t i = 0; i < agents_; ++i) (*both)[i] = std::max((*both)[i], (*seen)[i]);
+    left_ = own;
+    right_ = seen;
+    union_ = both;
+  }
+  own = union_;
 }
 
 // ---- Checked memory --------------------------------------------------------------------------
@@ -246,7 +268,7 @@ size_t Machine::shared_offset(uint32_t address, size_t bytes, size_t alignment, 
 const void* Machine::shared_read(uint32_t address, size_t bytes, size_t alignment) {
   SharedMemory& shared = block().shared;
   const size_t offset = shared_offset(address, bytes, alignment, "read");
-  const std::string problem = shared.read(offset, bytes, stamp(), running_->vector);
+  const std::string problem = shared.read(offset, bytes, running_->observer);
   if (!problem.empty()) fail(problem);
   return shared.data() + offset;
 }
@@ -254,7 +276,7 @@ const void* Machine::shared_read(uint32_t address, size_t bytes, size_t alignmen
 void* Machine::shared_write(uint32_t address, size_t bytes, size_t alignment) {
   SharedMemory& shared = block().shared;
   const size_t offset = shared_offset(address, bytes, alignment, "write");
-  const std::string problem = shared.write(offset, bytes, stamp(), running_->vector);
+  const std::string problem = shared.write(offset, bytes, running_->observer);
   if (!problem.empty()) fail(problem);
   return shared.data() + offset;
 }
@@ -279,7 +301,7 @@ const void* Machine::cluster_read(uint32_t mapped, size_t bytes, size_t alignmen
   Block& other = mapped_block(mapped);
   const size_t offset =
       shared_offset(mapped & ((1u << kRankShift) - 1), bytes, alignment, "read in the cluster");
-  const std::string problem = other.shared.read(offset, bytes, stamp(), running_->vector);
+  const std::string problem = other.shared.read(offset, bytes, running_->observer);
   if (!problem.empty()) fail(problem + " (in block " + std::to_string(other.index) + ")");
   return other.shared.data() + offset;
 }
@@ -288,7 +310,7 @@ void* Machine::cluster_write(uint32_t mapped, size_t bytes, size_t alignment) {
   Block& other = mapped_block(mapped);
   const size_t offset =
       shared_offset(mapped & ((1u << kRankShift) - 1), bytes, alignment, "write in the cluster");
-  const std::string problem = other.shared.write(offset, bytes, stamp(), running_->vector);
+  const std::string problem = other.shared.write(offset, bytes, running_->observer);
   if (!problem.empty()) fail(problem + " (in block " + std::to_string(other.index) + ")");
   return other.shared.data() + offset;
 }
@@ -303,7 +325,7 @@ const void* Machine::global_read(const void* pointer, size_t bytes, size_t align
          std::to_string(alignment));
   }
   const std::string problem =
-      memory_.read(*buffer, pointer, bytes, cluster_index_, running_->vector);
+      memory_.read(*buffer, pointer, bytes, cluster_index_, running_->observer);
   if (!problem.empty()) fail(problem);
   return pointer;
 }
@@ -319,7 +341,7 @@ void* Machine::global_write(void* pointer, size_t bytes, size_t alignment) {
          std::to_string(alignment));
   }
   const std::string problem =
-      memory_.write(*buffer, pointer, bytes, cluster_index_, stamp(), running_->vector);
+      memory_.write(*buffer, pointer, bytes, cluster_index_, running_->observer);
   if (!problem.empty()) fail(problem);
   return pointer;
 }
@@ -337,35 +359,33 @@ void Machine::join_barrier(int id, int threads, bool wait) {
   Barrier& barrier = block().barriers[id];
   if (barrier.arrived == 0) {
     barrier.expected = threads;
-    barrier.seen.assign(agents_, 0);
   } else if (barrier.expected != threads) {
     fail("names barrier " + std::to_string(id) + " with " + std::to_string(threads) +
          " threads, others with " + std::to_string(barrier.expected));
   }
-  release_into(barrier.seen);
+  release_into(barrier.released);
   if (wait) barrier.waiting.push_back(running_);
   if (++barrier.arrived < barrier.expected) {
     if (wait) sleep(id == 0 ? "the block's barrier" : "a named barrier");
     return;
   }
   barrier.arrived = 0;
+  const Seen all = barrier.released.take(agents_);
   for (Thread* thread : barrier.waiting) {
-    acquire_from(*thread, barrier.seen);
+    thread->observer.seen = all;  // it was among those who released
     wake(*thread);
   }
   barrier.waiting.clear();
 }
 
 void Machine::warp_barrier() {
-  Thread* mine = running_;
-  collective<Thread>("warp barrier", *mine, [](const std::array<Thread*, kWarp>& lanes) {
-    Vector seen(machine->agents_, 0);
-    for (const Thread* lane : lanes) {
-      for (uint32_t i = 0; i < machine->agents_; ++i) seen[i] = std::max(seen[i], lane->vector[i]);
-    }
+  collective<Thread>("warp barrier", *running_, [](const std::array<Thread*, kWarp>& lanes) {
+    Released released;
+    for (const Thread* lane : lanes) released.add(lane->observer);
+    const Seen all = released.take(machine->agents_);
     for (Thread* lane : lanes) {
+      lane->observer.seen = all;
       machine->tick(*lane);
-      machine->acquire_from(*lane, seen);
     }
   });
 }
@@ -375,12 +395,11 @@ void Machine::cluster_arrive() {
   if (running_->arrived_at_cluster) fail("arrives twice at the cluster's barrier");
   running_->arrived_at_cluster = true;
   running_->cluster_phase = cluster_phase_;
-  release_into(cluster_seen_);
+  release_into(cluster_released_);
   if (++cluster_arrivals_ < static_cast<int>(threads_.size())) return;
   cluster_arrivals_ = 0;
   ++cluster_phase_;
-  cluster_released_.swap(cluster_seen_);
-  std::fill(cluster_seen_.begin(), cluster_seen_.end(), 0);
+  cluster_completed_ = cluster_released_.take(agents_);
   for (Thread* thread : cluster_waiting_) wake(*thread);
   cluster_waiting_.clear();
 }
@@ -392,7 +411,7 @@ void Machine::cluster_wait() {
     cluster_waiting_.push_back(running_);
     sleep("the cluster's barrier");
   }
-  acquire_from(*running_, cluster_released_);
+  acquire(cluster_completed_);
 }
 
 Block& Machine::peer(int rank) {
@@ -413,7 +432,7 @@ void Machine::copy_async(uint32_t shared, const void* global, size_t copied, siz
          std::to_string(bytes));
   }
   if (copied > 0) global_read(global, copied, 1);
-  const std::string problem = block().shared.take_off(offset, bytes, stamp(), running_->vector);
+  const std::string problem = block().shared.take_off(offset, bytes, running_->observer);
   if (!problem.empty()) fail(problem);
   running_->open_copies.push_back({offset, global, copied, bytes});
 }
@@ -426,7 +445,8 @@ void Machine::copy_async_commit() {
 void Machine::copy_async_wait(size_t pending) {
   while (running_->copy_groups.size() > pending) {
     for (const Thread::Copy& copy : running_->copy_groups.front()) {
-      block().shared.land(copy.shared, copy.global, copy.copied, copy.bytes, stamp());
+      block().shared.land(copy.shared, copy.global, copy.copied, copy.bytes,
+                          running_->observer.stamp());
     }
     running_->copy_groups.pop_front();
   }
@@ -437,7 +457,7 @@ Mbarrier& Machine::mbarrier_at(Block& block, size_t offset) {
   if (found == block.mbarriers.end()) {
     fail("no mbarrier was initialised at shared byte " + std::to_string(offset));
   }
-  const std::string problem = block.shared.read(offset, 8, stamp(), running_->vector);
+  const std::string problem = block.shared.read(offset, 8, running_->observer);
   if (!problem.empty()) fail("mbarrier: " + problem);
   return found->second;
 }
@@ -445,21 +465,20 @@ Mbarrier& Machine::mbarrier_at(Block& block, size_t offset) {
 void Machine::mbarrier_init(uint32_t shared, int arrivals) {
   require_arch(90, "an mbarrier");
   const size_t offset = shared_offset(shared, 8, 8, "mbarrier");
-  const std::string problem = block().shared.write(offset, 8, stamp(), running_->vector);
+  const std::string problem = block().shared.write(offset, 8, running_->observer);
   if (!problem.empty()) fail(problem);
   const int index = block().mbarriers.size();
   if (index >= kMaxMbarriers) fail("more mbarriers than the emulator has clocks for");
   Mbarrier& barrier = block().mbarriers[offset];
   barrier.agent = threads_.size() + running_->block * kMaxMbarriers + index;
   barrier.expected = barrier.pending = arrivals;
-  barrier.seen.assign(agents_, 0);
-  barrier.released.assign(agents_, 0);
+  barrier.completed = std::make_shared<const Vector>(agents_, 0);
 }
 
 void Machine::mbarrier_arrive(uint32_t shared, int rank, int64_t expected_bytes) {
   const size_t offset = shared_offset(shared, 8, 8, "mbarrier");
   Mbarrier& barrier = mbarrier_at(peer(rank), offset);
-  release_into(barrier.seen);
+  release_into(barrier.released);
   barrier.bytes += expected_bytes;
   if (--barrier.pending < 0) fail("arrives at an mbarrier more often than it expects");
   complete_if_due(barrier);
@@ -469,8 +488,7 @@ void Machine::complete_if_due(Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   barrier.pending = barrier.expected;
   ++barrier.phase;
-  barrier.released.swap(barrier.seen);
-  std::fill(barrier.seen.begin(), barrier.seen.end(), 0);
+  barrier.completed = barrier.released.take(agents_);
   for (Thread* thread : barrier.waiting) wake(*thread);
   barrier.waiting.clear();
 }
@@ -482,7 +500,7 @@ void Machine::mbarrier_wait(uint32_t shared, uint32_t parity) {
     barrier.waiting.push_back(running_);
     sleep("an mbarrier");
   }
-  acquire_from(*running_, barrier.released);
+  acquire(barrier.completed);
 }
 
 void Machine::copy_bulk(uint32_t shared, uint32_t mbarrier, int rank, size_t bytes,
@@ -492,7 +510,7 @@ void Machine::copy_bulk(uint32_t shared, uint32_t mbarrier, int rank, size_t byt
   const size_t barrier = shared_offset(mbarrier, 8, 8, "mbarrier");
   Block& target = peer(rank);
   mbarrier_at(target, barrier);
-  const std::string problem = target.shared.take_off(offset, bytes, stamp(), running_->vector);
+  const std::string problem = target.shared.take_off(offset, bytes, running_->observer);
   if (!problem.empty()) fail("bulk copy: " + problem);
   bulk_copies_.push_back({rank, offset, barrier, bytes, std::move(fill)});
 }
@@ -514,7 +532,7 @@ bool Machine::land_a_copy() {
   copy.fill(data.data());
   target.shared.land(copy.offset, data.data(), copy.bytes, copy.bytes,
                      make_stamp(barrier.agent, ++barrier.clock));
-  barrier.seen[barrier.agent] = barrier.clock;
+  barrier.released.add_clock(barrier.agent, barrier.clock);
   barrier.bytes -= copy.bytes;
   complete_if_due(barrier);
   return true;

@@ -60,14 +60,24 @@ struct Launch {
   int blocks() const { return grid.x * grid.y * grid.z; }
 };
 
-using Vector = std::vector<uint32_t>;  // a vector clock
+// What has been released to a barrier: what its threads have seen, and what they have done.
+class Released {
+ public:
+  void add(const Observer& thread);
+  // Everything released since the last take().
+  Seen take(uint32_t agents);
+  void add_clock(uint32_t agent, uint32_t clock) { clocks_.push_back({agent, clock}); }
+
+ private:
+  std::vector<Seen> seen_;
+  std::vector<std::pair<uint32_t, uint32_t>> clocks_;
+};
 
 struct Thread {
   Fiber* fiber;
-  int index;         // in its block
-  int block;         // rank of its block in the cluster
-  uint32_t agent;    // in the cluster
-  uint32_t* vector;  // what it has seen
+  int index;          // in its block
+  int block;          // rank of its block in the cluster
+  Observer observer;  // its agent is its index in the cluster
   bool finished = false;
   const char* waits_for = nullptr;
   uint32_t cluster_phase = 0;
@@ -94,7 +104,7 @@ struct Warp {
 struct Barrier {
   int expected = 0;
   int arrived = 0;
-  Vector seen;
+  Released released;
   std::vector<Thread*> waiting;
 };
 
@@ -105,8 +115,8 @@ struct Mbarrier {
   int pending = 0;    // arrivals to come in this phase
   int64_t bytes = 0;  // expected minus arrived in this phase
   uint32_t phase = 0;
-  Vector seen;      // by those who arrived in this phase
-  Vector released;  // by those who completed the last
+  Released released;  // by those who arrived in this phase
+  Seen completed;     // by those who completed the last
   std::vector<Thread*> waiting;
 };
 
@@ -123,6 +133,9 @@ class Machine {
 
   // Runs `body` in every thread of the grid. Throws KernelError.
   void launch(const char* kernel, const Launch& launch, const std::function<void()>& body);
+
+  // Every kernel launched so far.
+  const std::vector<std::string>& launched_kernels() const { return launched_kernels_; }
 
   // ---- For the primitives: called by the running thread -------------------------------------
 
@@ -189,9 +202,8 @@ class Machine {
   void sleep(const char* reason);
   void wake(Thread& thread);
   Warp& warp_of(const Thread& thread);
-  void release_into(Vector& seen);
-  void acquire_from(Thread& thread, const Vector& seen);
-  Stamp stamp() const;
+  void release_into(Released& released);
+  void acquire(const Seen& seen);
   void tick(Thread& thread);
   size_t shared_offset(uint32_t address, size_t bytes, size_t alignment, const char* what);
   Block& mapped_block(uint32_t mapped);
@@ -203,12 +215,12 @@ class Machine {
   Architecture architecture_;
   std::mt19937_64 random_;
 
+  std::vector<std::string> launched_kernels_;
   const char* kernel_ = "";
   Launch launch_{};
   const std::function<void()>* body_ = nullptr;
   uint32_t cluster_index_ = 0;
   uint32_t agents_ = 0;
-  Vector vectors_;  // agents_ entries per thread
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
@@ -216,7 +228,10 @@ class Machine {
   std::vector<BulkCopy> bulk_copies_;
   int cluster_arrivals_ = 0;
   uint32_t cluster_phase_ = 0;
-  Vector cluster_seen_, cluster_released_;
+  Released cluster_released_;
+  Seen cluster_completed_;
+  // The latest union of two views: lanes of a warp tend to need the same.
+  Seen left_, right_, union_;
   std::vector<Thread*> cluster_waiting_;
   int alive_ = 0;
   Thread* running_ = nullptr;

@@ -26,24 +26,24 @@ void SharedMemory::reset(size_t bytes) {
 }
 
 // The first read of the grain that is not ordered before `vector`; 0 if there is none.
-Stamp SharedMemory::unordered_read(const Grain& grain, const uint32_t* vector) const {
+Stamp SharedMemory::unordered_read(const Grain& grain, const Observer& self) const {
   for (Stamp read : grain.reads) {
-    if (read != 0 && !ordered(read, vector)) return read;
+    if (read != 0 && !self.after(read)) return read;
   }
   if (grain.more_reads >= 0) {
     for (Stamp read : more_reads_[grain.more_reads]) {
-      if (!ordered(read, vector)) return read;
+      if (!self.after(read)) return read;
     }
   }
   return 0;
 }
 
-void SharedMemory::note_read(Grain& grain, Stamp self, const uint32_t* vector) {
+void SharedMemory::note_read(Grain& grain, const Observer& self) {
   // A read that this thread has already seen the end of adds nothing: whoever is ordered after
   // this read is ordered after that one.
   for (Stamp& read : grain.reads) {
-    if (read == 0 || ordered(read, vector)) {
-      read = self;
+    if (read == 0 || self.after(read)) {
+      read = self.stamp();
       return;
     }
   }
@@ -53,46 +53,45 @@ void SharedMemory::note_read(Grain& grain, Stamp self, const uint32_t* vector) {
   }
   std::vector<Stamp>& more = more_reads_[grain.more_reads];
   for (Stamp& read : more) {
-    if (ordered(read, vector)) {
-      read = self;
+    if (self.after(read)) {
+      read = self.stamp();
       return;
     }
   }
-  more.push_back(self);
+  more.push_back(self.stamp());
 }
 
-std::string SharedMemory::read(size_t offset, size_t bytes, Stamp self, const uint32_t* vector) {
+std::string SharedMemory::read(size_t offset, size_t bytes, const Observer& self) {
   for (size_t i = offset / kGrain; i <= (offset + bytes - 1) / kGrain; ++i) {
     Grain& grain = grains_[i];
-    if (grain.in_flight || grain.write == 0 || !ordered(grain.write, vector)) {
+    if (grain.in_flight || grain.write == 0 || !self.after(grain.write)) {
       const std::string where = "read of shared byte " + std::to_string(i * kGrain);
       if (grain.in_flight) return where + kInFlight;
       if (grain.write == 0) return where + ", which nobody has written";
       return where + " is not ordered after a write" + by(grain.write) + kNoBarrier;
     }
-    note_read(grain, self, vector);
+    note_read(grain, self);
   }
   return "";
 }
 
-std::string SharedMemory::write(size_t offset, size_t bytes, Stamp self, const uint32_t* vector) {
+std::string SharedMemory::write(size_t offset, size_t bytes, const Observer& self) {
   for (size_t i = offset / kGrain; i <= (offset + bytes - 1) / kGrain; ++i) {
     Grain& grain = grains_[i];
-    const Stamp read = unordered_read(grain, vector);
-    if (grain.in_flight || !ordered(grain.write, vector) || read != 0) {
+    const Stamp read = unordered_read(grain, self);
+    if (grain.in_flight || !self.after(grain.write) || read != 0) {
       const std::string where = "write of shared byte " + std::to_string(i * kGrain);
       if (grain.in_flight) return where + kInFlight;
       if (read != 0) return where + " is not ordered after a read" + by(read) + kNoBarrier;
       return where + " is not ordered after a write" + by(grain.write) + kNoBarrier;
     }
-    grain = {self, {0, 0, 0}, -1, false};
+    grain = {self.stamp(), {0, 0, 0}, -1, false};
   }
   return "";
 }
 
-std::string SharedMemory::take_off(size_t offset, size_t bytes, Stamp self,
-                                   const uint32_t* vector) {
-  const std::string problem = write(offset, bytes, self, vector);
+std::string SharedMemory::take_off(size_t offset, size_t bytes, const Observer& self) {
+  const std::string problem = write(offset, bytes, self);
   if (!problem.empty()) return problem;
   for (size_t i = offset / kGrain; i <= (offset + bytes - 1) / kGrain; ++i) {
     grains_[i].in_flight = true;
@@ -158,7 +157,7 @@ GlobalMemory::Write& GlobalMemory::history(const Buffer& buffer, size_t offset) 
 }
 
 std::string GlobalMemory::read(const Buffer& buffer, const void* pointer, size_t bytes,
-                               uint32_t cluster, const uint32_t* vector) {
+                               uint32_t cluster, const Observer& self) {
   if (!buffer.writable) return "";
   const size_t offset = static_cast<const unsigned char*>(pointer) - buffer.data;
   for (size_t i = offset; i < offset + bytes; ++i) {
@@ -167,7 +166,7 @@ std::string GlobalMemory::read(const Buffer& buffer, const void* pointer, size_t
     if (last.launch == 0) return where + ", which nobody has written";
     if (last.launch != launch_) continue;
     if (last.cluster != cluster) return where + ", written by another block of the same launch";
-    if (!ordered(last.stamp, vector)) {
+    if (!self.after(last.stamp)) {
       return where + " is not ordered after a write" + by(last.stamp) + kNoBarrier;
     }
   }
@@ -175,32 +174,33 @@ std::string GlobalMemory::read(const Buffer& buffer, const void* pointer, size_t
 }
 
 std::string GlobalMemory::write(const Buffer& buffer, const void* pointer, size_t bytes,
-                                uint32_t cluster, Stamp self, const uint32_t* vector) {
+                                uint32_t cluster, const Observer& self) {
   const size_t offset = static_cast<const unsigned char*>(pointer) - buffer.data;
   for (size_t i = offset; i < offset + bytes; ++i) {
     Write& last = history(buffer, i);
     if (last.launch == launch_) {
       const std::string where = "write of byte " + std::to_string(i) + " of " + buffer.name;
       if (last.cluster != cluster) return where + ", written by another block of the same launch";
-      if (!ordered(last.stamp, vector)) {
+      if (!self.after(last.stamp)) {
         return where + " is not ordered after a write" + by(last.stamp);
       }
     }
-    last = {launch_, cluster, self};
+    last = {launch_, cluster, self.stamp()};
   }
   return "";
 }
 
-size_t GlobalMemory::first_unwritten(const std::string& name) const {
+std::string GlobalMemory::unwritten(const std::string& name) const {
   for (size_t b = 0; b < buffers_.size(); ++b) {
     if (buffers_[b].name != name) continue;
     for (size_t i = 0; i < buffers_[b].bytes; ++i) {
       const auto page = pages_[b].find(i / kPage);
-      if (page == pages_[b].end() || (*page->second)[i % kPage].launch == 0) return i;
+      if (page == pages_[b].end() || (*page->second)[i % kPage].launch == 0) {
+        return "byte " + std::to_string(i) + " of " + name;
+      }
     }
-    return buffers_[b].bytes;
   }
-  return 0;
+  return "";
 }
 
 }  // namespace jax_gptq::emulator

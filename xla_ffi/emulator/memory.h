@@ -17,19 +17,33 @@
 
 namespace jax_gptq::emulator {
 
-// Agent in the upper 12 bits, its clock in the lower 20; clocks start at 1, so 0 is "never".
+// Agent in the upper 13 bits, its clock in the lower 19; clocks start at 1, so 0 is "never".
 using Stamp = uint32_t;
-constexpr int kClockBits = 20;
+constexpr int kClockBits = 19;
 constexpr uint32_t kMaxClock = (1u << kClockBits) - 1;
 constexpr uint32_t kMaxAgents = 1u << (32 - kClockBits);
 
 inline Stamp make_stamp(uint32_t agent, uint32_t clock) { return agent << kClockBits | clock; }
 inline uint32_t stamp_agent(Stamp stamp) { return stamp >> kClockBits; }
+inline uint32_t stamp_clock(Stamp stamp) { return stamp & kMaxClock; }
 
-// Whether what `stamp` marks happened before the owner of `vector` got where it is.
-inline bool ordered(Stamp stamp, const uint32_t* vector) {
-  return (stamp & kMaxClock) <= vector[stamp_agent(stamp)];
-}
+// The clocks that an agent has seen of all agents. Threads that leave a barrier together have seen
+// the same, so they share one.
+using Vector = std::vector<uint32_t>;
+using Seen = std::shared_ptr<const Vector>;
+
+// Where a thread stands.
+struct Observer {
+  uint32_t agent;
+  uint32_t clock = 1;
+  Seen seen;  // of the others
+
+  Stamp stamp() const { return make_stamp(agent, clock); }
+  // Whether what `stamp` marks happened before.
+  bool after(Stamp stamp) const {
+    return stamp_agent(stamp) == agent || stamp_clock(stamp) <= (*seen)[stamp_agent(stamp)];
+  }
+};
 
 // "thread 5 of block 2", for messages; machine.cc knows who is who.
 std::string agent_name(uint32_t agent);
@@ -48,13 +62,13 @@ class SharedMemory {
 
   unsigned char* data() { return memory_.data() + offset_; }
 
-  // What is wrong with reading or writing `bytes` at `offset`, by an agent that stands at `self`
-  // and has seen `vector`; empty if nothing. An access that is right is recorded.
-  std::string read(size_t offset, size_t bytes, Stamp self, const uint32_t* vector);
-  std::string write(size_t offset, size_t bytes, Stamp self, const uint32_t* vector);
+  // What is wrong with `self` reading or writing `bytes` at `offset`; empty if nothing. An access
+  // that is right is recorded.
+  std::string read(size_t offset, size_t bytes, const Observer& self);
+  std::string write(size_t offset, size_t bytes, const Observer& self);
 
   // An asynchronous copy into these bytes was issued: poison until land().
-  std::string take_off(size_t offset, size_t bytes, Stamp self, const uint32_t* vector);
+  std::string take_off(size_t offset, size_t bytes, const Observer& self);
   // The copy has arrived; from now on these bytes were written at `stamp`. Null: zeros.
   void land(size_t offset, const void* source, size_t copied, size_t bytes, Stamp stamp);
 
@@ -67,8 +81,8 @@ class SharedMemory {
     bool in_flight;
   };
 
-  Stamp unordered_read(const Grain& grain, const uint32_t* vector) const;
-  void note_read(Grain& grain, Stamp self, const uint32_t* vector);
+  Stamp unordered_read(const Grain& grain, const Observer& self) const;
+  void note_read(Grain& grain, const Observer& self);
 
   std::vector<unsigned char> memory_;
   size_t offset_ = 0;  // of the aligned start
@@ -101,12 +115,12 @@ class GlobalMemory {
   // As for shared memory; `cluster` is the index of the running cluster in the grid. Reads are
   // not recorded: a kernel that overwrites what another thread still reads is not caught here.
   std::string read(const Buffer& buffer, const void* pointer, size_t bytes, uint32_t cluster,
-                   const uint32_t* vector);
+                   const Observer& self);
   std::string write(const Buffer& buffer, const void* pointer, size_t bytes, uint32_t cluster,
-                    Stamp self, const uint32_t* vector);
+                    const Observer& self);
 
-  // The offset of the first byte of the buffer that no launch has written; its size if none.
-  size_t first_unwritten(const std::string& name) const;
+  // "byte 12 of y", the first that no launch has written; empty if there is none.
+  std::string unwritten(const std::string& name) const;
 
  private:
   struct Write {

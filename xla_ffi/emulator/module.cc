@@ -1,0 +1,36 @@
+// The Python module `jax_gptq._cuda_emulated`.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "handler.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_cuda_emulated, m) {
+  m.doc() = "The CUDA kernels of jax_gptq, run on the host for tests.";
+  m.def(
+      "targets",
+      [] {
+        nb::dict targets;
+        const auto add = [&](const char* name, auto* handler) {
+          targets[name] = nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
+        };
+        add("jax_gptq.cuda_emulated.matmul.v1", JaxGptqEmulatedMatmul);
+        add("jax_gptq.cuda_emulated.dequantize.v1", JaxGptqEmulatedDequantize);
+        add("jax_gptq.cuda_emulated.pack.v1", JaxGptqEmulatedPack);
+        add("jax_gptq.cuda_emulated.unpack.v1", JaxGptqEmulatedUnpack);
+        return targets;
+      },
+      "FFI target name -> handler.");
+  m.def(
+      "set",
+      [](int arch, int processors, uint64_t seed) {
+        jax_gptq::emulator::set({{arch, processors}, seed});
+      },
+      nb::arg("arch") = 80, nb::arg("processors") = 108, nb::arg("seed") = 0,
+      "The emulated device (arch: 10 * major + minor; processors: streaming multiprocessors), and "
+      "the seed of the order in which blocks, warps, lanes and copies take their turns.");
+  m.def("launches", &jax_gptq::emulator::launches,
+        "Names of the kernels that the latest call launched, in order.");
+}
