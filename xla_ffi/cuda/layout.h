@@ -43,12 +43,12 @@
 
 namespace jax_gptq::cuda {
 
-constexpr int kTileN = 64;         // output features of a tile
-constexpr int kStepK = 64;         // input features of a step: one tile at 4 bits, two at 8
-constexpr int kTileBytes = 2048;   // bytes of a tile, at 4 and at 8 bits
-constexpr int kLaneBytes = 16;     // contiguous bytes of one lane in a tile
-constexpr int kFragmentN = 16;     // output features of one fragment
-constexpr int kFragmentK = 16;     // input features of one fragment
+constexpr int kTileN = 64;        // output features of a tile
+constexpr int kStepK = 64;        // input features of a step: one tile at 4 bits, two at 8
+constexpr int kTileBytes = 2048;  // bytes of a tile, at 4 and at 8 bits
+constexpr int kLaneBytes = 16;    // contiguous bytes of one lane in a tile
+constexpr int kFragmentN = 16;    // output features of one fragment
+constexpr int kFragmentK = 16;    // input features of one fragment
 
 // Element type of activations, scales and bias.
 enum class Dtype : int { kF16, kBf16, kF32 };
@@ -95,9 +95,9 @@ constexpr CodePosition code_position(int held, int steps, int n, int k) {
             bit % 8};
   }
   const int byte = reg / 2 * 4 + high * 2 + reg % 2;
-  return {lane_offset(8, steps, n / kTileN, k / kStepK, part / 2, fragment, lane) + part % 2 * 8 +
-              byte,
-          0};
+  return {
+      lane_offset(8, steps, n / kTileN, k / kStepK, part / 2, fragment, lane) + part % 2 * 8 + byte,
+      0};
 }
 
 // Index of the scale (and zero point) of group `group` and output feature n.

@@ -11,10 +11,9 @@ namespace jax_gptq::cuda {
 // The most rows of x that the decode kernel takes.
 constexpr int kDecodeRows = 16;
 
-// Bytes of the workspace that every matmul call passes, for every shape and architecture. A plan
-// splits K only while its partial sums fit: splits * tiles of 64 x 64 <= kMaxSplitTiles.
-constexpr int kMaxSplitTiles = 512;
-constexpr int64_t kWorkspaceBytes = int64_t{kMaxSplitTiles} * 64 * 64 * 4;
+// Bytes of the workspace that every matmul call passes, for every shape and architecture: a plan
+// splits K only so far that the partial sums fit.
+constexpr int64_t kWorkspaceBytes = 8 << 20;
 
 // y [m, n] = x [m, k] W [k, n] + bias [n].
 struct Problem {
@@ -53,20 +52,29 @@ enum class Reduction : int {
 };
 
 struct Plan {
+  Device device = {};  // the one that the plan is for
   Kernel kernel = Kernel::kNone;
   Reduction reduction = Reduction::kNone;
-  int tiles = 1;      // kDecode: tiles of 64 output features that a block holds at once: 1, 2, 4
-  int block_m = 0;    // kMma: rows of x per block: 16, 32, 64 or 128
-  int splits = 1;     // parts of K
-  int grid = 0;       // blocks
-  int stages = 0;     // of the pipeline
+  int splits = 1;  // parts of K
+  int grid = 0;    // blocks
   int shared_bytes = 0;
+  // kDecode: tiles of 64 output features that a block holds at once (1, 2 or 4), steps of x in
+  // shared memory at once, and whether the rings are deep (decode_stages).
+  int tiles = 1;
+  int x_steps = 0;
+  bool deep = false;
+  // kMma: rows of x per block (16, 32, 64 or 128), stages of the pipeline.
+  int block_m = 0;
+  int stages = 0;
 };
 
 // Whether an architecture has the kernels at all.
 constexpr bool supported(const Device& device) { return device.arch >= 80; }
 
-// The plan for `problem` (its pointers are not looked at).
+// The plan for `problem` (its pointers are not looked at). kNone where m > 0 means that no kernel
+// can take the problem on this device. K is cut in the same way for all m from 1 to 8, from 9 to 16
+// and, by kMma, for all m with the same number of blocks along m, so that a row of y does not
+// depend on the rows beside it.
 Plan make_plan(const Problem& problem, const Device& device);
 
 }  // namespace jax_gptq::cuda

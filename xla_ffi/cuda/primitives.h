@@ -268,19 +268,18 @@ __device__ __forceinline__ int cluster_rank() {
 // What was written to shared memory before the arrival can be read by the other blocks after the
 // wait. All threads of all blocks of the cluster arrive, then wait.
 __device__ __forceinline__ void cluster_arrive() {
-  JAX_GPTQ_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  JAX_GPTQ_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
 
 __device__ __forceinline__ void cluster_wait() {
-  JAX_GPTQ_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  JAX_GPTQ_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory");
 }
 
 // The address that `address` of this block has in block `rank` of the cluster.
 __device__ __forceinline__ uint32_t cluster_map(uint32_t address, uint32_t rank) {
   uint32_t mapped = 0;
-  JAX_GPTQ_CLUSTER_ASM("mapa.shared::cluster.u32 %0, %1, %2;"
-                       : "=r"(mapped)
-                       : "r"(address), "r"(rank));
+  JAX_GPTQ_CLUSTER_ASM("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address),
+                       "r"(rank));
   return mapped;
 }
 

@@ -1,0 +1,412 @@
+// Kernel A, decode: y [m, n] = x [m, k] W [k, n] for m <= 16, limited by reading the weight.
+//
+// A block holds `tiles` tiles of 64 output features at once and a part of K (its split). Its 16
+// warps take half a tile (32 output features) each, and share K among those that are left:
+//
+//      tiles 4:  8 half tiles x 2 parts of K      tiles 2:  4 x 4      tiles 1:  2 x 8
+//
+// Weights stream through a ring of kStages steps of 64 along K per warp, private to the warp: a
+// lane copies the very 16 bytes that it will use, so there is no block barrier in the main loop,
+// and 16 warps x kStages x 1 KB are under way per SM. The stream runs on over the output tiles of a
+// block: blocks stay and walk over tiles of 64 * tiles output features, while the part of x for
+// their split rests in shared memory (x is loaded again only where it does not fit at once).
+//
+// The tensor cores multiply the exact integers q - z; at the end of a group the scale applies to
+// the f32 sums. Parts of K are added in a fixed order: warps of a block through shared memory, then
+// splits through the cluster's shared memory or, without clusters, by reduce.cuh.
+#pragma once
+
+#include "decode.h"
+#include "fragment.cuh"
+
+namespace jax_gptq::cuda {
+
+// Where a warp is in its stream of steps: over column tiles, over chunks of x, over its steps.
+struct DecodeCursor {
+  int column;  // column tile
+  int chunk;   // first step of the chunk of x
+  int step, end;
+  int group, left;  // group of `step`, and steps left in it (coarse groups)
+  bool fresh;       // the group's parameters are needed: first step of a run, or of a group
+};
+
+// Copies the part of x of the steps [first, last) to shared memory, zeros beyond k.
+template <class T>
+__device__ __forceinline__ void decode_load_x(const DecodeArguments& args, uint32_t x, int first,
+                                              int last) {
+  const Problem& p = args.problem;
+  const int pieces = (last - first) * (kStepK / 8);
+  const int pitch = decode_x_pitch(args.x_steps);
+  const uint16_t* source = static_cast<const uint16_t*>(p.x);
+  for (int i = threadIdx.x; i < p.m * pieces; i += kDecodeThreads) {
+    const int row = i / pieces;
+    const int piece = i - row * pieces;
+    const int k = first * kStepK + piece * 8;
+    const uint16_t* from = source + static_cast<int64_t>(row) * p.k + k;
+    uint4 value = make_uint4(0, 0, 0, 0);
+    if (p.k % 8 == 0) {
+      if (k < p.k) value = ld_global_nc<uint4>(from);
+    } else {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t low = k + 2 * j < p.k ? ld_global_nc<uint16_t>(from + 2 * j) : 0;
+        const uint32_t high = k + 2 * j + 1 < p.k ? ld_global_nc<uint16_t>(from + 2 * j + 1) : 0;
+        pairs[j] = low | high << 16;
+      }
+      value = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+    st_shared(x + row * pitch + piece * 16, value);
+  }
+}
+
+// Rows [row, row + rows) of the block's column tile: adds up the splits of the cluster in rank
+// order and writes y.
+template <class T>
+__device__ __forceinline__ void decode_write_cluster(const DecodeArguments& args, uint32_t sums,
+                                                     int column, int split) {
+  const Problem& p = args.problem;
+  const int rows = args.tiles * kTileN / args.splits;
+  const int pitch = sum_pitch(args.tiles);
+  uint16_t* y = static_cast<uint16_t*>(p.y);
+  for (int i = threadIdx.x; i < rows * p.m; i += kDecodeThreads) {
+    const int row = i / rows;
+    const int local = split * rows + i - row * rows;
+    const int n = column * args.tiles * kTileN + local;
+    if (n >= p.n) continue;
+    const uint32_t address = sums + (row * pitch + local) * 4;
+    float sum = ld_cluster<float>(cluster_map(address, 0));
+    for (int other = 1; other < args.splits; ++other) {
+      sum += ld_cluster<float>(cluster_map(address, other));
+    }
+    if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
+    st_global(y + static_cast<int64_t>(row) * p.n + n, from_float<T>(sum));
+  }
+}
+
+// The block's own sums: y itself where K is not split, else this split's partial sums.
+template <class T>
+__device__ __forceinline__ void decode_write_own(const DecodeArguments& args, uint32_t sums,
+                                                 int column, int split) {
+  const Problem& p = args.problem;
+  const int rows = args.tiles * kTileN;
+  const int padded_n = tiles_n(p.n) * kTileN;
+  uint16_t* y = static_cast<uint16_t*>(p.y);
+  for (int i = threadIdx.x; i < rows * p.m; i += kDecodeThreads) {
+    const int row = i / rows;
+    const int n = column * rows + i - row * rows;
+    float sum = ld_shared<float>(sums + (row * sum_pitch(args.tiles) + i - row * rows) * 4);
+    if (args.reduction == Reduction::kWorkspace) {
+      if (n < padded_n) {
+        st_global(args.partial + (static_cast<int64_t>(split) * p.m + row) * padded_n + n, sum);
+      }
+    } else if (n < p.n) {
+      if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
+      st_global(y + static_cast<int64_t>(row) * p.n + n, from_float<T>(sum));
+    }
+  }
+}
+
+// kColumns: 8 or 16 columns of the tensor cores' product hold the m rows of x.
+template <class T, int kBits, int kColumns, bool kFine, int kStages>
+__device__ __forceinline__ void decode_block(const DecodeArguments& args) {
+  constexpr int kRight = kColumns / 8;  // right-hand fragments
+  constexpr int kCodeBytes = step_bytes(kBits) / 2;
+  constexpr int kLoads = kCodeBytes / 512;  // 16-byte loads of a lane per step
+
+  const Problem& p = args.problem;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int half = warp % (2 * args.tiles);  // of the block's 2 * tiles half tiles
+  const int part = warp / (2 * args.tiles);
+  const int parts = kDecodeWarps / (2 * args.tiles);
+  const int cluster = blockIdx.x / args.splits;
+  const int clusters = gridDim.x / args.splits;
+  const int split = blockIdx.x % args.splits;
+
+  const int steps = steps_k(p.k);
+  const int first_step = static_cast<int64_t>(steps) * split / args.splits;
+  const int last_step = static_cast<int64_t>(steps) * (split + 1) / args.splits;
+  const int group_steps = p.group_size < p.k ? p.group_size / kStepK : steps;  // coarse groups
+  const int scale_bytes = dtype_bytes(p.scale_type);
+  const int padded_tiles = tiles_n(p.n);
+
+  const int parameter_bytes = decode_parameter_bytes(p);
+  const int stage_bytes = decode_stage_bytes(p);
+  const uint32_t ring = shared_base() + warp * kStages * stage_bytes;
+  const uint32_t x = shared_base() + args.x;
+
+  // ---- The stream of steps ----
+  auto begin_run = [&](DecodeCursor& c) {
+    const int count = min(args.x_steps, last_step - c.chunk);
+    c.step = c.chunk + count * part / parts;
+    c.end = c.chunk + count * (part + 1) / parts;
+    c.fresh = true;
+    if (!kFine) {
+      c.group = c.step / group_steps;
+      c.left = group_steps - (c.step - c.group * group_steps);
+    }
+  };
+  auto skip_empty = [&](DecodeCursor& c) {
+    while (c.step == c.end && c.column < args.column_tiles) {
+      c.chunk += args.x_steps;
+      if (c.chunk >= last_step) {
+        c.chunk = first_step;
+        c.column += clusters;
+      }
+      begin_run(c);
+    }
+  };
+  auto advance = [&](DecodeCursor& c) {
+    ++c.step;
+    c.fresh = false;
+    if (!kFine && --c.left == 0) {
+      ++c.group;
+      c.left = group_steps;
+      c.fresh = true;
+    }
+  };
+
+  auto prefetch = [&](const DecodeCursor& c, int stage) {
+    const uint32_t to = ring + stage * stage_bytes;
+    const int tile = c.column * args.tiles + half / 2;
+    if (c.column < args.column_tiles && tile < padded_tiles) {
+      const char* codes = static_cast<const char*>(p.codes) +
+                          (static_cast<int64_t>(tile) * steps + c.step) * step_bytes(kBits) +
+                          half % 2 * 1024 + lane * kLaneBytes;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        // At 8 bits a step is two tiles of 32 along K.
+        cp_async_16(to + i * 512 + lane * kLaneBytes, codes + i / 2 * kTileBytes + i % 2 * 512);
+      }
+      if (kFine || c.fresh) {
+        const int first = kFine ? c.step * kStepK / p.group_size : c.group;
+        const int last =
+            kFine ? min((c.step * kStepK + kStepK - 1) / p.group_size, p.groups - 1) : c.group;
+        const int pieces = 2 * scale_bytes + 2;  // of 16 bytes, per group
+        for (int i = lane; i < (last - first + 1) * pieces; i += 32) {
+          const int row = i / pieces;
+          const int piece = i - row * pieces;
+          const int64_t at = parameter_index(p.groups, first + row, tile * kTileN + half % 2 * 32);
+          const bool is_scale = piece < 2 * scale_bytes;
+          const char* from =
+              is_scale ? static_cast<const char*>(p.scales) + at * scale_bytes + piece * 16
+                       : static_cast<const char*>(p.zeros) + at + (piece - 2 * scale_bytes) * 16;
+          cp_async_16(to + kCodeBytes + row * parameter_bytes + piece * 16, from);
+        }
+      }
+    }
+    cp_async_commit();
+  };
+
+  DecodeCursor ahead = {};
+  ahead.column = cluster;
+  ahead.chunk = first_step;
+  begin_run(ahead);
+  skip_empty(ahead);
+  for (int i = 0; i < kStages; ++i) {
+    prefetch(ahead, i);
+    if (ahead.column < args.column_tiles) {
+      advance(ahead);
+      skip_empty(ahead);
+    }
+  }
+
+  // ---- Lane-constant addresses of x for ldmatrix ----
+  // 8 columns: matrix j is k 8 j of 32; 16 columns: matrix j is k 8 (j % 2), rows of x 8 (j / 2).
+  const int x_row = min(lane % 8 + (kRight == 2 ? lane / 16 * 8 : 0), p.m - 1);
+  const int x_k = kRight == 2 ? lane / 8 % 2 * 16 : lane / 8 * 16;
+  const uint32_t x_lane = x + x_row * decode_x_pitch(args.x_steps) + x_k;
+
+  float total[2][kRight][4];
+  float sum[2][kRight][4];
+  float scale[4];  // of rows lane / 4 + 8 i of the half tile
+  uint32_t zero[4];
+
+  auto clear = [](float (&values)[2][kRight][4]) {
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+#pragma unroll
+      for (int r = 0; r < kRight; ++r) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[f][r][i] = 0.0f;
+      }
+    }
+  };
+  auto end_group = [&] {
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+#pragma unroll
+      for (int r = 0; r < kRight; ++r) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[f][r][i] = fmaf(scale[2 * f + i / 2], sum[f][r][i], total[f][r][i]);
+        }
+      }
+    }
+    clear(sum);
+  };
+  auto load_parameters = [&](uint32_t parameters) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scale[i] = load_scale(parameters, lane / 4 + 8 * i, p.scale_type);
+      zero[i] = prepare_zero<T, kBits>(
+          ld_shared<uint8_t>(parameters + 32 * scale_bytes + lane / 4 + 8 * i));
+    }
+  };
+
+  DecodeCursor now = {};
+  int stage = 0;
+  auto refill = [&] {
+    warp_sync();  // Every lane has read the stage.
+    prefetch(ahead, stage);
+    if (ahead.column < args.column_tiles) {
+      advance(ahead);
+      skip_empty(ahead);
+    }
+  };
+  int buffer = 0;
+  int pending = -1;  // column tile whose sums the cluster has yet to add
+  clear(sum);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    scale[i] = 0.0f;
+    zero[i] = 0;
+  }
+
+  for (int column = cluster; column < args.column_tiles; column += clusters) {
+    clear(total);
+    const bool real_tile = column * args.tiles + half / 2 < padded_tiles;
+    for (int chunk = first_step; chunk < last_step; chunk += args.x_steps) {
+      if (column == cluster || args.x_steps < last_step - first_step) {
+        block_sync();  // The previous chunk has been read.
+        decode_load_x<T>(args, x, chunk, min(chunk + args.x_steps, last_step));
+        block_sync();
+      }
+      now.column = column;
+      now.chunk = chunk;
+      begin_run(now);
+      int group = -1;  // fine groups: the one whose parameters are held
+      while (now.step < now.end) {
+        cp_async_wait<kStages - 1>();
+        warp_sync();
+        const uint32_t from = ring + stage * stage_bytes;
+        uint32_t words[kLoads][4];
+        if (real_tile) {
+#pragma unroll
+          for (int i = 0; i < kLoads; ++i) {
+            const uint4 v = ld_shared<uint4>(from + i * 512 + lane * kLaneBytes);
+            words[i][0] = v.x;
+            words[i][1] = v.y;
+            words[i][2] = v.z;
+            words[i][3] = v.w;
+          }
+          if (!kFine && now.fresh) load_parameters(from + kCodeBytes);
+        }
+        if (!kFine) refill();
+        if (real_tile) {
+          const uint32_t x_step = x_lane + (now.step - chunk) * kStepK * 2;
+          uint32_t right[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {  // steps of 16 along k
+            if (kFine) {
+              const int at = now.step * kStepK + j * kFragmentK;
+              const int next = min(at / p.group_size, p.groups - 1);
+              if (next != group) {
+                if (group >= 0) end_group();
+                group = next;
+                const int first = now.step * kStepK / p.group_size;
+                load_parameters(from + kCodeBytes + (group - first) * parameter_bytes);
+              }
+            }
+            if (kRight == 2) {
+              ldmatrix_x4(right, x_step + j * 32);
+            } else if (j % 2 == 0) {
+              ldmatrix_x4(right, x_step + j * 32);
+            }
+#pragma unroll
+            for (int f = 0; f < 2; ++f) {
+              uint32_t a[4];
+              const uint32_t* codes =
+                  kBits == 4 ? &words[f][j] : &words[kLoads == 4 ? j / 2 * 2 + f : 0][j % 2 * 2];
+              exact_fragment<T, kBits>(a, codes, &zero[2 * f]);
+#pragma unroll
+              for (int r = 0; r < kRight; ++r) {
+                const int at = kRight == 2 ? 2 * r : j % 2 * 2;
+                const uint32_t b[2] = {right[at], right[at + 1]};
+                mma_m16n8k16<T>(sum[f][r], a, b);
+              }
+            }
+          }
+        }
+        if (kFine) refill();
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+        advance(now);
+        if (!kFine && (now.fresh || now.step == now.end)) end_group();
+      }
+      if (kFine) end_group();
+    }
+
+    // ---- Sums of the block ----
+    const uint32_t sums = shared_base() + args.sums + buffer * p.m * sum_pitch(args.tiles) * 4;
+    const uint32_t later = shared_base() + args.later;
+    if (pending >= 0) {
+      cluster_wait();
+      decode_write_cluster<T>(
+          args, shared_base() + args.sums + (buffer ^ 1) * p.m * sum_pitch(args.tiles) * 4, pending,
+          split);
+    }
+    // A lane's sums: rows lane / 4 (+ 8) of two fragments, columns 2 (lane % 4) (+ 1).
+    auto for_each_sum = [&](auto&& use) {
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+#pragma unroll
+        for (int r = 0; r < kRight; ++r) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int n = half * 32 + f * 16 + lane / 4 + i / 2 * 8;
+            const int m = r * 8 + lane % 4 * 2 + i % 2;
+            if (m < p.m) use(total[f][r][i], (m * sum_pitch(args.tiles) + n) * 4);
+          }
+        }
+      }
+    };
+    const int later_bytes = p.m * sum_pitch(args.tiles) * 4;
+    if (part > 0) {
+      for_each_sum([&](float value, int offset) {
+        st_shared(later + (part - 1) * later_bytes + offset, value);
+      });
+    }
+    if (parts > 1) block_sync();
+    if (part == 0) {
+      for_each_sum([&](float& value, int offset) {
+        for (int other = 0; other < parts - 1; ++other) {
+          value += ld_shared<float>(later + other * later_bytes + offset);
+        }
+        st_shared(sums + offset, value);
+      });
+    }
+    if (args.reduction == Reduction::kCluster) {
+      cluster_arrive();
+      pending = column;
+    } else {
+      block_sync();
+      decode_write_own<T>(args, sums, column, split);
+    }
+    buffer ^= 1;
+  }
+  if (args.reduction == Reduction::kCluster) {
+    if (pending >= 0) {
+      cluster_wait();
+      decode_write_cluster<T>(
+          args, shared_base() + args.sums + (buffer ^ 1) * p.m * sum_pitch(args.tiles) * 4, pending,
+          split);
+    }
+    // A block stays until the others have read its sums.
+    cluster_arrive();
+    cluster_wait();
+  }
+  cp_async_wait<0>();
+}
+
+}  // namespace jax_gptq::cuda

@@ -1,0 +1,100 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#include "decode.h"
+#include "wgmma.h"
+
+namespace jax_gptq::cuda {
+namespace {
+
+// The estimates below only rank plans. Bytes per nanosecond that one multiprocessor reads from
+// memory and from the L2 cache, and nanoseconds of a block's sums, of a cluster and of a kernel.
+constexpr double kMemoryRate = 32.0;
+constexpr double kCacheRate = 48.0;
+constexpr double kSumsTime = 150.0;
+constexpr double kClusterTime = 400.0;
+constexpr double kKernelTime = 2000.0;
+
+constexpr int kMaxClusterSplits = 8;  // the portable size of a cluster
+constexpr int kMaxWorkspaceSplits = 16;
+
+// Groups of `size` blocks, one block per multiprocessor, that are resident at once. A cluster lies
+// within a processing cluster of 16 or 18 multiprocessors.
+int resident_groups(int processors, int size, bool clusters) {
+  if (clusters && size > 2) processors = processors / 16 * 16;
+  return std::max(1, processors / size);
+}
+
+bool partial_sums_fit(const Problem& p, int splits) {
+  return int64_t{splits} * p.m * tiles_n(p.n) * kTileN * 4 <= kWorkspaceBytes;
+}
+
+// Steps of x that fit beside everything else in `bytes` of shared memory.
+int fitting_x_steps(const Problem& p, int tiles, bool deep, int bytes) {
+  return (bytes - DecodeShared(p, tiles, 0, deep).size) / (p.m * kStepK * 2);
+}
+
+// No plan (kernel kNone) where not even one step of x fits.
+Plan plan_decode(const Problem& problem, const Device& device) {
+  Problem p = problem;
+  p.m = p.m <= 8 ? 8 : kDecodeRows;
+  const bool clusters = device.arch >= 90;
+  const int steps = steps_k(p.k);
+  Plan best;
+  double best_time = 0;
+  for (int tiles = 1; tiles <= 4; tiles *= 2) {
+    const int column_tiles = ceil_div(tiles_n(p.n), tiles);
+    for (int splits = 1; splits <= (clusters ? kMaxClusterSplits : kMaxWorkspaceSplits);
+         splits *= 2) {
+      if (splits > steps || (!clusters && splits > 1 && !partial_sums_fit(p, splits))) continue;
+      const int split_steps = ceil_div(steps, splits);
+      bool deep = true;
+      int x_steps = fitting_x_steps(p, tiles, deep, device.shared_bytes);
+      if (x_steps < split_steps) {
+        const int shallow = fitting_x_steps(p, tiles, false, device.shared_bytes);
+        if (x_steps < 8 && shallow > x_steps) {
+          deep = false;
+          x_steps = shallow;
+        }
+      }
+      if (x_steps < 1) continue;
+      x_steps = std::min(x_steps, split_steps);
+
+      const int launched =
+          std::min(column_tiles, resident_groups(device.processors, splits, clusters));
+      const int rounds = ceil_div(column_tiles, launched);
+      const int parts = kDecodeWarps / (2 * tiles);
+      const double x_time = p.m * split_steps * kStepK * 2 / kCacheRate;
+      const double weight_time = ceil_div(split_steps, parts) * kDecodeWarps *
+                                 static_cast<double>(step_bytes(p.bits) / 2) / kMemoryRate;
+      double time = rounds * (weight_time + kSumsTime);
+      time += x_steps < split_steps ? rounds * x_time : x_time;
+      if (splits > 1) time += clusters ? kClusterTime : kKernelTime;
+      if (best.kernel != Kernel::kNone && time >= best_time) continue;
+      best_time = time;
+      best.device = device;
+      best.kernel = Kernel::kDecode;
+      best.reduction = splits == 1 ? Reduction::kNone
+                       : clusters  ? Reduction::kCluster
+                                   : Reduction::kWorkspace;
+      best.splits = splits;
+      best.grid = launched * splits;
+      best.tiles = tiles;
+      best.x_steps = x_steps;
+      best.deep = deep;
+      best.shared_bytes = DecodeShared(problem, tiles, x_steps, deep).size;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& p, const Device& device) {
+  if (p.m == 0) return {};
+  if (p.m <= kDecodeRows) return plan_decode(p, device);
+  return {};
+}
+
+}  // namespace jax_gptq::cuda
