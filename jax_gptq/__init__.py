@@ -7,6 +7,7 @@ need extras and load on first use.
 import importlib
 from typing import Any
 
+from jax_gptq.checkpoint import load_linears, load_weights, open_checkpoint
 from jax_gptq.errors import JaxGptqError, MissingExtraError
 from jax_gptq.linear import GptqLinear
 from jax_gptq.matmul import gptq_matmul
@@ -32,6 +33,9 @@ __all__ = [
     "JaxGptqError",
     "dequantize",
     "gptq_matmul",
+    "load_linears",
+    "load_weights",
+    "open_checkpoint",
     "prepare",
 ]
 
