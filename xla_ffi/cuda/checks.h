@@ -161,7 +161,6 @@ inline ffi::Error fill_repack(ffi::Buffer<ffi::U32> qweight, ffi::Buffer<ffi::U3
 inline ffi::Error fill_zeros(ffi::Buffer<ffi::U8> zeros, int32_t group_size,
                              RepackProblem* problem) {
   if (group_size < 1) return invalid("group_size must be at least 1");
-  problem->group_size = group_size;
   problem->groups = group_size >= problem->k ? 1 : ceil_div(problem->k, group_size);
   if (!has_shape(zeros.dimensions(), {tiles_n(problem->n), problem->groups, kTileN})) {
     return invalid("zeros [ceil(N / 64), groups, 64] are expected, found " +

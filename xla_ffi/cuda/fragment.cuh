@@ -57,10 +57,17 @@ __device__ __forceinline__ void exact_fragment(uint32_t (&a)[4], const uint32_t*
   }
 }
 
-// A scale in f32, from shared memory where the scales of `type` start at `base`.
+// Scale `index` of those of `type` at `base` in shared memory, exactly.
 __device__ __forceinline__ float load_scale(uint32_t base, int index, Dtype type) {
   if (type == Dtype::kF32) return ld_shared<float>(base + 4 * index);
   const uint16_t bits = ld_shared<uint16_t>(base + 2 * index);
+  return type == Dtype::kF16 ? to_float<F16>(bits) : to_float<Bf16>(bits);
+}
+
+// The same from global memory.
+__device__ __forceinline__ float load_scale_global(const void* scales, int64_t index, Dtype type) {
+  if (type == Dtype::kF32) return ld_global_nc<float>(static_cast<const float*>(scales) + index);
+  const uint16_t bits = ld_global_nc<uint16_t>(static_cast<const uint16_t*>(scales) + index);
   return type == Dtype::kF16 ? to_float<F16>(bits) : to_float<Bf16>(bits);
 }
 

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "plan.h"
+#include "repack.h"
 
 namespace jax_gptq::cuda {
 
@@ -24,16 +25,8 @@ cudaError_t launch_reduce(const Problem& problem, const Plan& plan, const void* 
 // problem.m, x, bias and y are not used.
 cudaError_t launch_dequantize(const Problem& problem, void* weight, cudaStream_t stream);
 
-// Kernel D: the dense bit stream `qweight` uint32 [ceil(k * bits / 32), n] of codes of `bits` bits
-// (2, 3, 4 or 8) to the tile layout and back. `perm` int32 [k] or null: row i of the tiles is row
-// perm[i] of the stream. `zeros` are the tiles' zero points (they fill the padding of k).
-struct RepackProblem {
-  int n, k;
-  int bits;
-  int group_size, groups;
-  const int32_t* perm;
-  const uint8_t* zeros;
-};
+// Kernel D: the dense bit stream `qweight` uint32 [ceil(k * bits / 32), n] to the tile layout and
+// back.
 cudaError_t launch_pack(const RepackProblem& problem, const uint32_t* qweight, void* codes,
                         cudaStream_t stream);
 cudaError_t launch_unpack(const RepackProblem& problem, const void* codes, uint32_t* qweight,
