@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,8 +127,7 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(str(path)) for path in [*args.models, "model"])
     print(f"{'model':<{width}}  {'tokens':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'loss':>7}")
     for path in args.models:
-        print(f"reading {path} ...", end="\r", file=sys.stderr, flush=True)
-        tokens = Tokenizer.load(path).encode(text)
+        tokens = Tokenizer(path).encode(text)
         model = load(path, dtype=jnp.dtype(args.dtype))
         loss = mean_loss(model, tokens, context=args.context, batch_size=args.batch_size)
         bits = loss * (len(tokens) - 1) / len(text.encode()) / math.log(2)
