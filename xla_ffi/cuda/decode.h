@@ -8,16 +8,6 @@ namespace jax_gptq::cuda {
 constexpr int kDecodeWarps = 16;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
 
-// Groups that end inside a step of 64.
-constexpr bool fine_groups(const Problem& p) {
-  return p.group_size < p.k && p.group_size % kStepK != 0;
-}
-
-// Groups that one step can touch.
-constexpr int decode_group_rows(const Problem& p) {
-  return !fine_groups(p) ? 1 : p.group_size == kFragmentK ? kStepK / kFragmentK : 2;
-}
-
 // Bytes, for one group, of the scales and zero points of the 32 output features of a warp.
 constexpr int decode_parameter_bytes(const Problem& p) {
   return 32 * (dtype_bytes(p.scale_type) + 1);
@@ -26,7 +16,7 @@ constexpr int decode_parameter_bytes(const Problem& p) {
 // Bytes of one stage of one warp: the codes of 32 output features and 64 input features, then the
 // scales and zero points of the groups.
 constexpr int decode_stage_bytes(const Problem& p) {
-  return step_bytes(p.bits) / 2 + decode_group_rows(p) * decode_parameter_bytes(p);
+  return step_bytes(p.bits) / 2 + groups_per_step(p) * decode_parameter_bytes(p);
 }
 
 constexpr int decode_stages(int bits, bool deep) { return !deep ? 2 : bits == 4 ? 4 : 3; }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "decode.h"
+#include "mma.h"
 #include "wgmma.h"
 
 namespace jax_gptq::cuda {
@@ -89,12 +90,40 @@ Plan plan_decode(const Problem& problem, const Device& device) {
   return best;
 }
 
+Plan plan_mma(const Problem& p, const Device& device) {
+  Plan plan;
+  plan.device = device;
+  plan.block_m = p.m <= 16 ? 16 : p.m <= 32 ? 32 : p.m <= 64 ? 64 : 128;
+  plan.shared_bytes = mma_shared_bytes(p, plan.block_m);
+  if (plan.shared_bytes > device.shared_bytes) return {};
+  plan.kernel = Kernel::kMma;
+  // K is split while that fills multiprocessors that would idle, and leaves a block 4 steps.
+  const int blocks = ceil_div(p.n, kMmaBlockN) * ceil_div(p.m, plan.block_m);
+  const int resident = device.processors * (plan.block_m <= 32 ? 2 : 1);
+  const int most = std::min(kMaxWorkspaceSplits, steps_k(p.k) / 4);
+  while (plan.splits + 1 <= most && blocks * (plan.splits + 1) <= resident &&
+         partial_sums_fit(p, plan.splits + 1)) {
+    ++plan.splits;
+  }
+  if (plan.splits > 1) plan.reduction = Reduction::kWorkspace;
+  plan.grid = blocks * plan.splits;
+  return plan;
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& p, const Device& device) {
-  if (p.m == 0) return {};
-  if (p.m <= kDecodeRows) return plan_decode(p, device);
-  return {};
+  if (p.m == 0 || !supported(device)) return {};
+  if (p.m <= kDecodeRows) {
+    const Plan plan = plan_decode(p, device);
+    if (plan.kernel != Kernel::kNone) return plan;
+  } else if (device.arch == 90 && wgmma_supported(p)) {
+    Plan plan;
+    plan.device = device;
+    plan.kernel = Kernel::kWgmma;
+    return plan;
+  }
+  return plan_mma(p, device);
 }
 
 }  // namespace jax_gptq::cuda

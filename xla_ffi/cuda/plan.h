@@ -31,6 +31,14 @@ struct Problem {
   void* y;             // [m, n]
 };
 
+// Whether groups end inside a step of 64 along K, and the most groups that one step can touch.
+constexpr bool fine_groups(const Problem& p) {
+  return p.group_size < p.k && p.group_size % kStepK != 0;
+}
+constexpr int groups_per_step(const Problem& p) {
+  return !fine_groups(p) ? 1 : p.group_size == kFragmentK ? kStepK / kFragmentK : 2;
+}
+
 struct Device {
   int arch;          // 10 * major + minor
   int processors;    // streaming multiprocessors
@@ -63,9 +71,8 @@ struct Plan {
   int tiles = 1;
   int x_steps = 0;
   bool deep = false;
-  // kMma: rows of x per block (16, 32, 64 or 128), stages of the pipeline.
+  // kMma: rows of x per block (16, 32, 64 or 128).
   int block_m = 0;
-  int stages = 0;
 };
 
 // Whether an architecture has the kernels at all.
