@@ -2,12 +2,14 @@
 
 from jax_gptq.models.causal_lm import CausalLM
 from jax_gptq.models.config import DecoderConfig, read_config
+from jax_gptq.models.embedded import embedded_path
 from jax_gptq.models.loading import float_tensors, load, new_model
 from jax_gptq.models.naming import layer_at, linears, set_layer
 
 __all__ = [
     "CausalLM",
     "DecoderConfig",
+    "embedded_path",
     "float_tensors",
     "layer_at",
     "linears",

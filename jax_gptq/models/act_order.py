@@ -26,8 +26,8 @@ def share_act_order(layers: Sequence[Any], name: str) -> bool:
     if not all(isinstance(layer, QuantizedLinear) for layer in layers):
         return False
     stores = [layer.weight.get_value() for layer in layers]
-    perms = [getattr(store, "perm", None) for store in stores]
-    if len({type(store) for store in stores}) > 1 or any(perm is None for perm in perms):
+    perms = [store.perm for store in stores if getattr(store, "perm", None) is not None]
+    if len({type(store) for store in stores}) > 1 or len(perms) < len(stores):
         return False
     if not all(np.array_equal(perms[0], perm) for perm in perms[1:]):
         return False

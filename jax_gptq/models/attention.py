@@ -10,7 +10,7 @@ from jax import Array
 from jax_gptq.models.config import DecoderConfig, LayerConfig
 from jax_gptq.models.rope import rope_tables
 
-# Keys and values of one layer, [B, kv_heads, S, head_dim] each; the slot is the position.
+# Keys and values of one layer, [B * kv_heads, S, head_dim] each; the slot is the position.
 KeyValue: TypeAlias = tuple[Array, Array]
 
 
@@ -76,39 +76,44 @@ def attention(
     Returns:
       [B, T, heads * head_dim] in q's dtype, and the keys and values to keep.
     """
-    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    batch, count, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    # One batch dimension [B * kv_heads], the rows of a group and all its tokens under one another.
+    rows = (batch * kv_heads, group * count, head_dim)
+    q = q.reshape(batch, count, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4).reshape(rows)
+    keys, values = (jnp.swapaxes(y, 1, 2).reshape(-1, count, head_dim) for y in (k, v))
     if cached is not None:
         keys = _write(cached[0], keys, positions[:, 0])
         values = _write(cached[1], values, positions[:, 0])
-    batch, count, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
-    grouped = q.reshape(batch, count, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum(
-        "btkgd,bksd->bkgts",
-        grouped,
+    scores = scale * jax.lax.dot_general(
+        q,
         keys,
+        (((2,), (2,)), ((0,), (0,))),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    scores *= scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
+    scores = scores.reshape(batch, kv_heads, group, *mask.shape[1:])
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum(
-        "bkgts,bksd->btkgd",
-        weights,
+    weights = jax.nn.softmax(scores, axis=-1).reshape(*rows[:2], -1)
+    mixed = jax.lax.dot_general(
+        weights.astype(values.dtype),
         values,
+        (((2,), (1,)), ((0,), (0,))),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
+    mixed = mixed.reshape(batch, kv_heads, group, count, head_dim).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, count, heads * head_dim).astype(q.dtype), (keys, values)
 
 
 def _write(cache: Array, new: Array, slots: Array) -> Array:
-    """new [B, kv_heads, 1, head_dim] into cache [B, kv_heads, S, head_dim] at slots [B]."""
-    if cache.shape[0] == 1:  # a slice update happens in place; a batch becomes a scatter
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, slots[0], 0))
-    return jax.vmap(lambda c, n, slot: jax.lax.dynamic_update_slice(c, n, (0, slot, 0)))(
+    """new [B * kv_heads, 1, head_dim] into cache [B * kv_heads, S, head_dim] at slots [B]."""
+    if slots.shape[0] == 1:  # a slice update happens in place; a batch becomes a scatter
+        return jax.lax.dynamic_update_slice(cache, new, (0, slots[0], 0))
+    slots = jnp.repeat(slots, cache.shape[0] // slots.shape[0])
+    return jax.vmap(lambda c, n, slot: jax.lax.dynamic_update_slice(c, n, (slot, 0)))(
         cache, new, slots
     )

@@ -30,7 +30,7 @@ class Progress:
     """The state between two tokens; a pytree that the token loop updates in place.
 
     Attributes:
-      cached: per block, keys and values [B, kv_heads, S, head_dim].
+      cached: per block, keys and values [B * kv_heads, S, head_dim].
       positions: int32 [B]: where the next token of a row goes.
       token: int32 [B], the latest token, not yet in the cache.
       tokens: int32 [B, S], all new tokens; rows that have stopped hold the pad token.
@@ -65,7 +65,7 @@ def prefill(
     x, kept = model.forward(input_ids, context, None)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     token = sampler(model.logits(last), jnp.int32(0))
-    unused = ((0, 0), (0, 0), (0, slots - count), (0, 0))
+    unused = ((0, 0), (0, slots - count), (0, 0))
     return Progress(
         cached=[(jnp.pad(k, unused), jnp.pad(v, unused)) for k, v in kept],
         positions=lengths,

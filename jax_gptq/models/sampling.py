@@ -58,7 +58,7 @@ class Sampler:
 
     def __call__(self, logits: Array, step: Array) -> Array:
         """f32 [B, vocab_size] and the number of the token -> int32 [B]."""
-        if self.temperature is None:
+        if self.temperature is None or self.keys is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits / self.temperature
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, step)

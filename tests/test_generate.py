@@ -1,0 +1,242 @@
+"""Generation: caches, batches, stopping, sampling, what is compiled and what the HLO holds."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from real_checkpoints import FOLDERS, needs_checkpoints
+
+import jax_gptq
+from jax_gptq import cli, errors
+from jax_gptq.models import generation
+from jax_gptq.models.config import from_hf
+from jax_gptq.models.sampling import Sampler
+
+VOCABULARY = 96
+
+
+def make_model(**options):
+    config = dict(
+        model_type="mistral",
+        sliding_window=20,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=7,
+    )
+    config = from_hf({**config, **options})
+    model = jax_gptq.models.new_model(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    table = model.model.embed_tokens.weight
+    table[...] = table[...] * 50  # greedy tokens that depend on the prompt
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def prompts(batch: int, count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (batch, count))
+
+
+def greedy(model, ids: np.ndarray, count: int) -> np.ndarray:
+    """Token by token, each from the whole sequence (in a frame of one size: what follows a token
+    does not matter)."""
+    start = ids.shape[1]
+    frame = np.pad(ids, ((0, 0), (0, count)))
+    for i in range(start, start + count):
+        frame[:, i] = model(frame)[:, i - 1].argmax(-1)
+    return frame[:, start:]
+
+
+def test_greedy_equals_whole_sequences(model):
+    ids = prompts(2, 13)
+    tokens = model.generate(ids, max_new_tokens=12)
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, greedy(model, ids, 12))
+    assert len(np.unique(tokens)) > 4
+
+
+def test_rows_of_unequal_length_equal_the_row_alone(model):
+    ids, lengths = prompts(3, 17, seed=1), [17, 3, 16]
+    together = model.generate(ids, lengths=lengths, max_new_tokens=9)
+    for row, length in enumerate(lengths):
+        alone = model.generate(ids[row : row + 1, :length], max_new_tokens=9)
+        np.testing.assert_array_equal(together[row], alone[0])
+    poisoned = np.where(np.arange(17) < np.array(lengths)[:, None], ids, 5)
+    np.testing.assert_array_equal(
+        model.generate(poisoned, lengths=lengths, max_new_tokens=9), together
+    )
+
+
+def test_stop_tokens(model):
+    ids = prompts(2, 6, seed=2)
+    free = np.asarray(model.generate(ids, max_new_tokens=20))
+    stop = int(free[0, 4])
+    found = np.asarray(model.generate(ids, max_new_tokens=20, stop_tokens=[stop]))
+    for row in range(2):
+        hits = np.flatnonzero(free[row] == stop)
+        end = hits[0] + 1 if len(hits) else 20
+        np.testing.assert_array_equal(found[row, :end], free[row, :end])
+        assert (found[row, end:] == 7).all()
+
+
+def test_the_checkpoint_stops_by_itself():
+    model = make_model()
+    stop = int(model.generate(prompts(1, 6), max_new_tokens=3)[0, 2])
+    stopping = make_model(eos_token_id=stop)
+    np.testing.assert_array_equal(stopping.generate(prompts(1, 6), max_new_tokens=6)[0, 3:], 7)
+    np.testing.assert_array_equal(
+        stopping.generate(prompts(1, 6), max_new_tokens=6, stop_tokens=()),
+        model.generate(prompts(1, 6), max_new_tokens=6),
+    )
+
+
+def test_compiled_once_per_bucket():
+    model = make_model()
+    generation.prefill.clear_cache()
+    generation.decode.clear_cache()
+    key = jax.random.key(0)
+    for count, new in [(3, 5), (9, 7), (16, 13), (5, 2)]:
+        model.generate(prompts(1, count), max_new_tokens=new)
+        model.generate(prompts(1, count), max_new_tokens=new, stop_tokens=[1])
+    # Stop tokens: none, and one. Prompts of 3 to 16 tokens are one bucket; 16 + 13 needs the next.
+    assert generation.prefill._cache_size() == 4
+    assert generation.decode._cache_size() == 4
+    for temperature, top_p in [(0.5, 0.9), (1.0, 0.5), (2.0, 0.1)]:
+        model.generate(prompts(1, 9), None, 7, temperature, top_p=top_p, key=key)
+    assert generation.prefill._cache_size() == 5
+    assert generation.decode._cache_size() == 5
+
+
+def test_stream_hands_over_the_same_tokens(model):
+    ids = prompts(2, 5, seed=3)
+    expected = model.generate(ids, max_new_tokens=11)
+    for chunk in (1, 4):
+        pieces = list(generation.stream(model, ids, max_new_tokens=11, chunk=chunk))
+        assert max(piece.shape[1] for piece in pieces) == chunk
+        np.testing.assert_array_equal(np.concatenate(pieces, axis=1), expected)
+
+
+def test_sampling_follows_the_distribution():
+    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
+    draws = 4000
+    rows = jnp.tile(logits, (draws, 1))
+
+    def frequencies(temperature, top_k=None, top_p=None):
+        sampler = Sampler.make(draws, temperature, top_k, top_p, jax.random.key(1))
+        return np.bincount(sampler(rows, jnp.int32(0)), minlength=4) / draws
+
+    np.testing.assert_allclose(frequencies(1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    sharp = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
+    np.testing.assert_allclose(frequencies(0.5), sharp / sharp.sum(), atol=0.03)
+    np.testing.assert_allclose(frequencies(1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(1.0, top_p=0.6), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(1.0, top_k=9, top_p=0.4), [1, 0, 0, 0])
+    np.testing.assert_allclose(frequencies(0.0), [1, 0, 0, 0])
+
+
+def test_sampling_is_reproducible_and_row_by_row(model):
+    ids = prompts(2, 6, seed=4)
+    draw = dict(max_new_tokens=8, temperature=1.5, top_k=20, top_p=0.95)
+    first = model.generate(ids, key=jax.random.key(3), **draw)
+    np.testing.assert_array_equal(first, model.generate(ids, key=jax.random.key(3), **draw))
+    assert (first != model.generate(ids, key=jax.random.key(4), **draw)).any()
+    alone = model.generate(ids[:1], key=jax.random.key(3), **draw)
+    np.testing.assert_array_equal(first[0], alone[0])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(temperature=-1.0), "temperature"),
+        (dict(temperature=1.0), "key"),
+        (dict(temperature=1.0, top_k=0), "top_k"),
+        (dict(temperature=1.0, top_p=1.5), "top_p"),
+        (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(lengths=[3]), "lengths"),
+        (dict(lengths=[0, 3]), "lengths"),
+        (dict(lengths=[3, 7]), "lengths"),
+        (dict(lengths=[3.0, 3.0]), "lengths"),
+    ],
+)
+def test_bad_arguments(model, options, words):
+    with pytest.raises(errors.ModelError, match=words):
+        model.generate(prompts(2, 6), **options)
+
+
+def test_empty_prompt(model):
+    with pytest.raises(errors.ModelError, match="at least one token"):
+        model.generate(np.zeros((1, 0), np.int32))
+
+
+def test_gpt2_ends_at_its_last_position():
+    config = dict(model_type="gpt2", vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=24)
+    model = jax_gptq.models.new_model(from_hf(config), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    ids = np.zeros((1, 10), np.int32)
+    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=14), greedy(model, ids, 14))
+    with pytest.raises(errors.ModelError, match="24 positions"):
+        model.generate(ids, max_new_tokens=15)
+
+
+def compiled_decode(model) -> str:
+    """Optimized HLO of the token loop at batch 1."""
+    graph, state = nnx.split(model)
+    sampler, stop = Sampler.make(1, 0.0, None, None, None), jnp.zeros(0, jnp.int32)
+    ids = jnp.zeros((1, 16), jnp.int32)
+    progress = generation.prefill(graph, state, ids, jnp.array([5]), sampler, stop, slots=32, pad=0)
+    lowered = generation.decode.lower(graph, state, progress, sampler, stop, jnp.int32(9), pad=0)
+    return lowered.compile().as_text()
+
+
+HLO_TYPES = {"uint32": "u32", "uint8": "u8", "float16": "f16", "int32": "s32", "float32": "f32"}
+
+
+@needs_checkpoints
+def test_hlo_neither_copies_nor_embeds_packed_weights():
+    """Weights are loop-invariant arguments: only the matmul reads them, and the cache is updated
+    in place."""
+    folder = next(folder for folder in FOLDERS if folder.name == "llama_w4_g128_sym_v1")
+    model = jax_gptq.models.load(folder, dtype=jnp.float32)
+    hlo = compiled_decode(model)
+    for layer in jax_gptq.models.linears(model).values():
+        if not isinstance(layer, jax_gptq.nnx.GptqLinear):
+            continue
+        for leaf in jax.tree.leaves(layer.weight.get_value()):
+            if leaf.size < 4096:
+                continue
+            shape = f"{HLO_TYPES[leaf.dtype.name]}[{','.join(map(str, leaf.shape))}]"
+            made_by = set(re.findall(rf"= {re.escape(shape)}\S* ([a-z-]+)\(", hlo))
+            assert made_by
+            assert made_by <= {"parameter", "get-tuple-element", "bitcast"}, (shape, made_by)
+    cache = "f32[2,32,64]"
+    made_by = re.findall(rf"= {re.escape(cache)}\S* ([a-z-]+)\(", hlo)
+    assert made_by.count("dynamic-update-slice") == 4  # keys and values of two layers
+    assert set(made_by) <= {"parameter", "get-tuple-element", "dynamic-update-slice", "fusion"}
+    sizes = [
+        np.prod([int(d or 1) for d in dims.split(",")])
+        for dims in re.findall(r"= \w+\[([\d,]*)\]\S* constant\(", hlo)
+    ]
+    assert max(sizes) < 4096
+
+
+@needs_checkpoints
+def test_command_line(tmp_path, capfd):
+    folder = str(next(folder for folder in FOLDERS if folder.name == "llama_w4_g128_sym_v1"))
+    options = ["--prompt", "a b", "--max-new-tokens", "6"]
+    assert cli.main(["generate", folder, *options]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("a b") and out.endswith("\n")
+    assert "6 new" in err and "tokens/second" in err
+    assert cli.main(["generate", folder, *options, "--temperature", "1", "--top-p", "2"]) == 2
+    assert "top_p" in capfd.readouterr().err
+    assert cli.main(["generate", str(tmp_path), *options]) == 2
+    assert "tokenizer.json" in capfd.readouterr().err
