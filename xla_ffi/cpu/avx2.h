@@ -15,11 +15,10 @@ struct Avx2Base {
   static constexpr int kLanes = 8;
   static constexpr int kVectors = 2;
   static constexpr int kRows = 2;
-  static constexpr int kWidenRows = 8;
 
   static I Load(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static I LoadI(const int32_t* p) { return _mm256_load_si256((const __m256i*)p); }
-  static void StoreI(uint32_t* p, I a) { _mm256_store_si256((__m256i*)p, a); }
+  static void StoreI(void* p, I a) { _mm256_store_si256((__m256i*)p, a); }
   static F LoadF(const float* p) { return _mm256_load_ps(p); }
   static void StoreF(float* p, F a) { _mm256_store_ps(p, a); }
   static I Broadcast(const int8_t* p) {
@@ -36,6 +35,7 @@ struct Avx2Base {
   static I ShiftRight(I a, int n) { return (I)((__v8su)a >> n); }
   static I Add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I Sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I SubBytes(I a, I b) { return _mm256_sub_epi8(a, b); }
   static I Mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
 
   static F Convert(I a) { return _mm256_cvtepi32_ps(a); }
@@ -43,6 +43,7 @@ struct Avx2Base {
   static F SubF(F a, F b) { return _mm256_sub_ps(a, b); }
   static F MulF(F a, F b) { return _mm256_mul_ps(a, b); }
   static F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F FusedMulSub(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
 };
 
 }  // namespace

@@ -6,6 +6,11 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#include "problem.h"
 
 namespace jax_gptq::cpu {
 
@@ -30,10 +35,7 @@ static inline uint16_t ToBF16(float value) {
   return static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : rounded);
 }
 
-#if defined(__F16C__)
-}  // namespace jax_gptq::cpu
-#include <immintrin.h>
-namespace jax_gptq::cpu {
+#ifdef __F16C__
 static inline float FromF16(uint16_t half) { return _cvtsh_ss(half); }
 static inline uint16_t ToF16(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 #else
@@ -78,7 +80,14 @@ static inline void LoadFloats(const void* from, Float type, int64_t begin, int c
     for (int i = 0; i < count; ++i) to[i] = FromBF16(source[i]);
   } else {
     const uint16_t* source = static_cast<const uint16_t*>(from) + begin;
-    for (int i = 0; i < count; ++i) to[i] = FromF16(source[i]);
+    int i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= count; i += 8) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+    }
+#endif
+    for (; i < count; ++i) to[i] = FromF16(source[i]);
   }
 }
 

@@ -26,6 +26,6 @@ struct Avx2 : Avx2Base {
 
 }  // namespace
 
-const Kernel kAvx2 = {"avx2", Quantize, Matmul<Avx2>};
+const Kernel kAvx2 = {"avx2", 8, Quantize, Matmul<Avx2>};
 
 }  // namespace jax_gptq::cpu

@@ -13,11 +13,10 @@ struct Avx512Vnni {
   static constexpr int kLanes = 16;
   static constexpr int kVectors = 2;
   static constexpr int kRows = 4;
-  static constexpr int kWidenRows = 8;
 
   static I Load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static I LoadI(const int32_t* p) { return _mm512_load_si512(p); }
-  static void StoreI(uint32_t* p, I a) { _mm512_store_si512(p, a); }
+  static void StoreI(void* p, I a) { _mm512_store_si512(p, a); }
   static F LoadF(const float* p) { return _mm512_load_ps(p); }
   static void StoreF(float* p, F a) { _mm512_store_ps(p, a); }
   static I Broadcast(const int8_t* p) {
@@ -34,6 +33,7 @@ struct Avx512Vnni {
   static I ShiftRight(I a, int n) { return (I)((__v16su)a >> n); }
   static I Add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I Sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I SubBytes(I a, I b) { return _mm512_sub_epi8(a, b); }
   static I Mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
   template <bool kWide>
   static I Dot(I acc, I codes, I digits) {
@@ -45,10 +45,11 @@ struct Avx512Vnni {
   static F SubF(F a, F b) { return _mm512_sub_ps(a, b); }
   static F MulF(F a, F b) { return _mm512_mul_ps(a, b); }
   static F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F FusedMulSub(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
 };
 
 }  // namespace
 
-const Kernel kAvx512Vnni = {"avx512_vnni", Quantize, Matmul<Avx512Vnni>};
+const Kernel kAvx512Vnni = {"avx512_vnni", 8, Quantize, Matmul<Avx512Vnni>};
 
 }  // namespace jax_gptq::cpu

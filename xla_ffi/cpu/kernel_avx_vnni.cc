@@ -19,6 +19,6 @@ struct AvxVnni : Avx2Base {
 
 }  // namespace
 
-const Kernel kAvxVnni = {"avx_vnni", Quantize, Matmul<AvxVnni>};
+const Kernel kAvxVnni = {"avx_vnni", 8, Quantize, Matmul<AvxVnni>};
 
 }  // namespace jax_gptq::cpu

@@ -11,7 +11,6 @@ struct Portable {
   static constexpr int kLanes = 8;
   static constexpr int kVectors = 1;
   static constexpr int kRows = 1;
-  static constexpr int kWidenRows = 2;
   struct I {
     uint32_t lane[kLanes];  // unsigned: wraps on overflow
   };
@@ -34,7 +33,7 @@ struct Portable {
 
   static I Load(const uint32_t* p) { return Read<I>(p); }
   static I LoadI(const int32_t* p) { return Read<I>(p); }
-  static void StoreI(uint32_t* p, I a) { std::memcpy(p, a.lane, sizeof(a.lane)); }
+  static void StoreI(void* p, I a) { std::memcpy(p, a.lane, sizeof(a.lane)); }
   static F LoadF(const float* p) { return Read<F>(p); }
   static void StoreF(float* p, F a) { std::memcpy(p, a.lane, sizeof(a.lane)); }
   static I Broadcast(const int8_t* p) {
@@ -67,16 +66,25 @@ struct Portable {
   static I Sub(I a, I b) {
     return Each<I>([&](int i) { return a.lane[i] - b.lane[i]; });
   }
+  static I SubBytes(I a, I b) {
+    return Each<I>([&](int i) {
+      uint32_t difference = 0;
+      for (int shift = 0; shift < 32; shift += 8) {
+        difference |= (((a.lane[i] >> shift) - (b.lane[i] >> shift)) & 255) << shift;
+      }
+      return difference;
+    });
+  }
   static I Mul(I a, I b) {
     return Each<I>([&](int i) { return a.lane[i] * b.lane[i]; });
   }
   template <bool kWide>
-  static I Dot(I acc, I codes, I digits) {
+  static I Dot(I acc, I a, I b) {
     for (int byte = 0; byte < 4; ++byte) {
       for (int i = 0; i < kLanes; ++i) {
-        const int32_t code = static_cast<int32_t>(codes.lane[i] >> (8 * byte) & 255);
-        const int32_t digit = static_cast<int8_t>(digits.lane[i] >> (8 * byte) & 255);
-        acc.lane[i] += static_cast<uint32_t>(code * digit);
+        const int32_t unsigned_byte = static_cast<int32_t>(a.lane[i] >> (8 * byte) & 255);
+        const int32_t signed_byte = static_cast<int8_t>(b.lane[i] >> (8 * byte) & 255);
+        acc.lane[i] += static_cast<uint32_t>(unsigned_byte * signed_byte);
       }
     }
     return acc;
@@ -97,10 +105,13 @@ struct Portable {
   static F Fma(F a, F b, F c) {
     return Each<F>([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
   }
+  static F FusedMulSub(F a, F b, F c) {
+    return Each<F>([&](int i) { return std::fma(a.lane[i], b.lane[i], -c.lane[i]); });
+  }
 };
 
 }  // namespace
 
-const Kernel kPortable = {"portable", Quantize, Matmul<Portable>};
+const Kernel kPortable = {"portable", 2, Quantize, Matmul<Portable>};
 
 }  // namespace jax_gptq::cpu

@@ -33,6 +33,7 @@ void RunMatmul(const Kernel& kernel, Problem problem, int64_t pool_threads,
                const Schedule& schedule) {
   const int64_t rows = problem.rows;
   if (rows == 0 || problem.columns == 0) return;
+  problem.offset_digits = rows >= kernel.widen_rows && problem.words != 8;
   // Not initialised: quantize fills them.
   std::unique_ptr<int8_t[]> digits(new int8_t[rows * problem.chunks * problem.digits * kChunkRows]);
   std::unique_ptr<float[]> scales(new float[rows * problem.block_count]);

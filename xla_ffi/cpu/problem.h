@@ -50,10 +50,12 @@ struct Problem {
 
   // x as fixed point, filled by Kernel::quantize: x = x_scale * sum over d of digit[d] *
   // 256^(D-1-d).
-  int digits;         // D: 3, 2, or 1 for int8 activations
-  int8_t* x_digits;   // [rows, chunks, D, 32], most significant digit first
-  float* x_scales;    // [rows, block_count]
-  int32_t* x_sums;    // [rows, block_count, 2]: of all digits but a third, of the third
+  int digits;          // D: 3, 2, or 1 for int8 activations
+  bool offset_digits;  // stored as digit + 128, unsigned
+  // Block by block, so that the rows of one block are read as one stream.
+  int8_t* x_digits;   // [block_count][rows, chunks of the block, D, 32], top digit first
+  float* x_scales;    // [block_count, rows]
+  int32_t* x_sums;    // [block_count, rows, 2]: of all digits but a third, of the third
   uint8_t* x_in_f32;  // [rows]: not fit for fixed point, computed by f32 FMA
 };
 

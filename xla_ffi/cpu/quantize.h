@@ -32,27 +32,68 @@ static inline void LoadBlock(const Problem& problem, const Block& block, int64_t
   for (int i = block.rows; i < block.chunks * kChunkRows; ++i) to[i] = 0.0f;
 }
 
-// Whether one of the scaled values dwarfs the others.
-static inline bool HasOutlier(const float* values, int padded, int rows, float multiplier) {
-  float squares[16] = {}, largest[16] = {};
-  int32_t nonzero[16] = {};
-  for (int i = 0; i < padded; i += 16) {
-    for (int j = 0; j < 16; ++j) {
-      float value = values[i + j] * multiplier;
-      float square = value * value;
-      squares[j] += square;
-      largest[j] = square > largest[j] ? square : largest[j];
-      nonzero[j] += values[i + j] != 0.0f;
-    }
+// The digits of one row's part of a block.
+static inline int8_t* Digits(const Problem& problem, const Block& block, int64_t row) {
+  const int64_t bytes_per_chunk = problem.digits * kChunkRows;
+  return problem.x_digits + (block.chunk * problem.rows + row * block.chunks) * bytes_per_chunk;
+}
+
+// Sixteen lanes in GCC's and Clang's vector extension, whatever the instruction set has: the same
+// operations in the same order everywhere.
+using Ints = int32_t __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(64)));
+using Bytes = int8_t __attribute__((vector_size(16)));
+constexpr int kLanes = 16;
+
+template <class To, class From>
+static inline To Cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class V, class T>
+static inline V LoadLanes(const T* from) {
+  V to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+template <class T, class V>
+static inline T SumLanes(V lanes) {
+  T parts[kLanes];
+  std::memcpy(parts, &lanes, sizeof(parts));
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
   }
-  float sum = 0.0f, max = 0.0f;
-  int32_t count = 0;
-  for (int j = 0; j < 16; ++j) {
-    sum += squares[j];
-    max = largest[j] > max ? largest[j] : max;
-    count += nonzero[j];
+  return parts[0];
+}
+
+// Nearest integers, ties to even, of magnitudes below 2^23.
+static inline Ints Round(Floats values) {
+  const Ints bits = Cast<Ints>(values);
+  const Ints negative = bits >> 31;
+  const Floats magnitude = Cast<Floats>(bits & 0x7fffffff);
+  const Ints rounded = __builtin_convertvector(magnitude + 0x1p23f - 0x1p23f, Ints);
+  return (rounded ^ negative) - negative;
+}
+
+// Whether one of the values, whose largest magnitude is `max`, dwarfs the others.
+static inline bool HasOutlier(const float* values, int padded, int rows, float multiplier,
+                              float max) {
+  Floats squares = {};
+  Ints zeros = {};
+  for (int i = 0; i < padded; i += kLanes) {
+    const Floats value = LoadLanes<Floats>(values + i);
+    const Floats scaled = value * multiplier;
+    squares += scaled * scaled;
+    zeros += value == 0.0f;  // minus one where it is
   }
-  return count > 1 && max * static_cast<float>(rows - 1) > kOutlier * kOutlier * (sum - max);
+  const float largest = max * multiplier * (max * multiplier);
+  const float others = SumLanes<float>(squares) - largest;
+  const int nonzero = padded + SumLanes<int32_t>(zeros);
+  return nonzero > 1 && largest * static_cast<float>(rows - 1) > kOutlier * kOutlier * others;
 }
 
 template <int kDigits>
@@ -60,68 +101,73 @@ static void QuantizeRow(const Problem& problem, int64_t row) {
   // The offset makes every digit of the sum unsigned: digit + 128.
   constexpr int32_t kOffset = kDigits == 3 ? 0x808080 : kDigits == 2 ? 0x8080 : 0x80;
   constexpr int kTopExponent = 8 * kDigits - 2;  // largest element in [2^kTopExponent, 2^(.. + 1))
-  constexpr float kLimit = static_cast<float>((1 << (8 * kDigits)) - 1 - kOffset);
-
-  int8_t* digits = problem.x_digits + row * problem.chunks * kDigits * kChunkRows;
-  float* scales = problem.x_scales + row * problem.block_count;
-  int32_t* sums = problem.x_sums + row * problem.block_count * 2;
+  constexpr int32_t kLimit = (1 << (8 * kDigits)) - 1 - kOffset;
+  const int32_t to_signed = problem.offset_digits ? 0 : kOffset;
   bool in_f32 = false;
 
-  for (int64_t b = 0; b < problem.block_count; ++b) {
+  for (int64_t b = 0; b < problem.block_count && !in_f32; ++b) {
     const Block& block = problem.blocks[b];
     const int padded = block.chunks * kChunkRows;
     float values[kMaxBlockRows];
     LoadBlock(problem, block, row, values);
 
-    int32_t largest = 0;  // As bits, magnitudes compare like integers, NaN above all.
-    for (int i = 0; i < padded; ++i) {
-      int32_t bits = static_cast<int32_t>(ToBits(values[i]) & 0x7fffffff);
-      largest = bits > largest ? bits : largest;
+    Ints most = {};  // As bits, magnitudes compare like integers, NaN above all.
+    for (int i = 0; i < padded; i += kLanes) {
+      const Ints bits = LoadLanes<Ints>(values + i) & 0x7fffffff;
+      most = bits > most ? bits : most;
     }
-    const int exponent = (largest >> 23) - 127;
-    float multiplier = 0.0f;
-    scales[b] = 0.0f;
-    if (largest != 0 && (exponent < kMinExponent || exponent > kMaxExponent)) {
-      in_f32 = true;
-    } else if (largest != 0) {
-      const float max = FromBits(static_cast<uint32_t>(largest));
-      if (kDigits == 1) {
-        multiplier = 127.0f / max;
-        scales[b] = max / 127.0f;
-      } else {
-        int shift = kTopExponent - exponent;
-        if (std::rint(max * FromBits(static_cast<uint32_t>(127 + shift) << 23)) > kLimit) --shift;
-        multiplier = FromBits(static_cast<uint32_t>(127 + shift) << 23);
-        scales[b] = FromBits(static_cast<uint32_t>(127 - shift) << 23);
-        in_f32 |= HasOutlier(values, padded, block.rows, multiplier);
-      }
-    }
-    if (in_f32) break;
+    int32_t max_bits = 0;
+    for (int i = 0; i < kLanes; ++i) max_bits = most[i] > max_bits ? most[i] : max_bits;
 
-    int32_t total = 0, low = 0;
-    for (int chunk = 0; chunk < block.chunks; ++chunk) {
-      int8_t* to = digits + (block.chunk + chunk) * kDigits * kChunkRows;
-      for (int i = 0; i < kChunkRows; ++i) {
-        const float value = std::rint(values[chunk * kChunkRows + i] * multiplier);
-        const int32_t integer = static_cast<int32_t>(value);
-        const uint32_t shifted = static_cast<uint32_t>(integer + kOffset);
-        total += integer;
-        low += static_cast<int32_t>(shifted & 255) - 128;
-        for (int d = 0; d < kDigits; ++d) {
-          const uint32_t digit = shifted >> (8 * (kDigits - 1 - d));
-          to[d * kChunkRows + i] = static_cast<int8_t>((digit & 255) ^ 128);
-        }
+    const int exponent = (max_bits >> 23) - 127;
+    const float max = FromBits(static_cast<uint32_t>(max_bits));
+    float multiplier = 0.0f, scale = 0.0f;
+    if (max_bits != 0 && (exponent < kMinExponent || exponent > kMaxExponent)) {
+      in_f32 = true;
+    } else if (max_bits != 0 && kDigits == 1) {
+      multiplier = 127.0f / max;
+      scale = max / 127.0f;
+    } else if (max_bits != 0) {
+      int shift = kTopExponent - exponent;
+      multiplier = FromBits(static_cast<uint32_t>(127 + shift) << 23);
+      if (max * multiplier > static_cast<float>(kLimit)) {  // It might round to more than fits.
+        --shift;
+        multiplier *= 0.5f;
+      }
+      scale = FromBits(static_cast<uint32_t>(127 - shift) << 23);
+      in_f32 = HasOutlier(values, padded, block.rows, multiplier, max);
+    }
+
+    Ints total = {}, low = {};
+    int8_t* to = Digits(problem, block, row);
+    for (int i = 0; i < padded; i += kLanes) {
+      const Ints integers = Round(LoadLanes<Floats>(values + i) * multiplier);
+      const Ints shifted = integers + kOffset;
+      total += integers;
+      low += (shifted & 255) - 128;
+      int8_t* chunk = to + i / kChunkRows * kDigits * kChunkRows + i % kChunkRows;
+      for (int d = 0; d < kDigits; ++d) {
+        const Ints digit = (shifted ^ to_signed) >> (8 * (kDigits - 1 - d));
+        const Bytes bytes = __builtin_convertvector(digit, Bytes);
+        std::memcpy(chunk + d * kChunkRows, &bytes, sizeof(bytes));
       }
     }
-    sums[2 * b] = kDigits == 3 ? (total - low) / 256 : total;
-    sums[2 * b + 1] = low;
+    const int64_t at = b * problem.rows + row;
+    const int32_t low_sum = SumLanes<int32_t>(low), sum = SumLanes<int32_t>(total);
+    problem.x_scales[at] = scale;
+    problem.x_sums[2 * at] = kDigits == 3 ? (sum - low_sum) / 256 : sum;
+    problem.x_sums[2 * at + 1] = low_sum;
   }
 
   problem.x_in_f32[row] = in_f32;
-  if (in_f32) {  // Whatever the fixed-point pass makes of this row is replaced: give it zeros.
-    std::memset(digits, 0, problem.chunks * kDigits * kChunkRows);
-    std::memset(scales, 0, problem.block_count * sizeof(float));
-    std::memset(sums, 0, problem.block_count * 2 * sizeof(int32_t));
+  if (in_f32) {  // Whatever the fixed-point pass makes of this row is replaced: scales of zero.
+    for (int64_t b = 0; b < problem.block_count; ++b) {
+      const Block& block = problem.blocks[b];
+      const int64_t at = b * problem.rows + row;
+      std::memset(Digits(problem, block, row), 0, block.chunks * kDigits * kChunkRows);
+      problem.x_scales[at] = 0.0f;
+      problem.x_sums[2 * at] = problem.x_sums[2 * at + 1] = 0;
+    }
   }
 }
 

@@ -1,20 +1,22 @@
 // The matmul of one tile, written once for all instruction sets.
 //
 // Isa describes one: vectors I of kLanes int32 and F of as many float32; kVectors of them side by
-// side and kRows rows of x are in registers at once. Dot<wide>(acc, codes, digits) adds the four
-// products of each lane's unsigned bytes with the lane's signed bytes; `wide` says that codes may
-// exceed 15. Isa lives in an unnamed namespace, so that every instantiation is private to its file.
+// side and kRows rows of x are in registers at once. Dot<wide>(acc, a, b) adds the four products of
+// each lane's unsigned bytes a with the lane's signed bytes b; `wide` says that the weight's bytes
+// may exceed 15. Isa lives in an unnamed namespace, so that every instantiation is private to its
+// file.
 //
 // For each block of rows k, each row of x and each column, with z the zero point:
 //
-//   acc[d] = sum over k of digit[d][k] * q[k]                         exact, int32
-//   high   = 256 * acc[0] + acc[1] - z * x_sums[0]                    exact, int32
-//   low    = acc[2] - z * x_sums[1]                                   exact, int32
-//   y     += scale * x_scale * (256 * float(high) + float(low))       f32, compensated (Kahan)
+//   acc[d] = sum over k of digit[d][k] * (q[k] - z)                   exact, int32
+//   y     += scale * x_scale * (256 * float(256 * acc[0] + acc[1]) + float(acc[2]))
 //
-// |high| < 2^31: 128 rows * 255 * 2^15 is below it, and the subtraction may wrap on the way. The
-// integers do not depend on the order of summation, so every instruction set and every number of
-// rows gives the same bits.
+// in f32 with compensation (Kahan). Few rows take q as the unsigned bytes, straight from the packed
+// words, and subtract z * sum(digit[d]) at the end. Many rows share q - z, widened once to signed
+// bytes, and take digit + 128 as the unsigned ones; -128 * sum(q - z) is where acc then starts.
+// Both are the same integers, in any order of summation: every instruction set and every number of
+// rows gives the same bits. 256 * acc[0] + acc[1] fits: 128 rows * 255 * 2^15 < 2^31, and what
+// overflows on the way there wraps back.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +51,7 @@ static inline typename Isa::I LoadQuad(const uint32_t* chunk, int j) {
 struct BlockColumns {
   alignas(64) float scale[kTileColumns];
   alignas(64) int32_t zero[kTileColumns];
+  alignas(64) int32_t start[kTileColumns];  // of acc, for offset digits
 };
 
 static inline void LoadColumns(const Problem& problem, int64_t tile, const Block& block,
@@ -64,144 +67,227 @@ struct Sums {
   alignas(64) float lost[kMaxRows][kTileColumns];
 };
 
-// One block of fixed-point x: kRows rows from `row`, the tile's columns from `column`.
-template <class Isa, int kWords, bool kWide, int kDigits, int kRows>
-static inline void FixedBlock(const Problem& problem, const uint32_t* words, int64_t b, int64_t row,
-                              const BlockColumns& columns, int column, Sums* sums, int64_t slot) {
-  using I = typename Isa::I;
-  using F = typename Isa::F;
-  constexpr int kVectors = Isa::kVectors;
-  const Block& block = problem.blocks[b];
-  const int64_t stride = problem.chunks * kDigits * kChunkRows;
-  const int8_t* digits = problem.x_digits + row * stride + block.chunk * kDigits * kChunkRows;
-  words += column;
+// The integers of one FixedBlock on their way into the sums. The next FixedBlock takes them there,
+// one vector after each of its first quads: dot products and conversions then share the core.
+template <class Isa, int kDigits, bool kOffset>
+struct Pending {
+  static constexpr int kMaxVectors = Isa::kRows * Isa::kVectors;
+  static_assert(kMaxVectors <= kQuads, "a chunk must have a quad for every vector");
 
-  I acc[kRows][kVectors][kDigits];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 8
-      for (int d = 0; d < kDigits; ++d) acc[r][v][d] = Isa::Set(0);
+  alignas(64) int32_t totals[kMaxVectors][kDigits][Isa::kLanes];
+  int vectors = 0;  // how many of them: rows * kVectors
+  int64_t at;       // of the first row, in x_scales and x_sums
+  float* sum;       // of the first row and column
+  float* lost;
+  const int32_t* zero;
+  const float* scale;
+
+  __attribute__((always_inline)) void Finish(const Problem& problem, int i) const {
+    using I = typename Isa::I;
+    using F = typename Isa::F;
+    const int r = i / Isa::kVectors, c = i % Isa::kVectors * Isa::kLanes;
+    const int64_t x = at + r;
+    I high = Isa::LoadI(totals[i][0]);
+    if constexpr (kDigits > 1) {
+      high = Isa::Add(Isa::ShiftLeft(high, 8), Isa::LoadI(totals[i][1]));
+    }
+    if constexpr (!kOffset) {
+      high = Isa::Sub(high, Isa::Mul(Isa::LoadI(zero + c), Isa::Set(problem.x_sums[2 * x])));
+    }
+    const F factor = Isa::MulF(Isa::LoadF(scale + c), Isa::SetF(problem.x_scales[x]));
+    float* s = sum + r * kTileColumns + c;
+    const F old_sum = Isa::LoadF(s);
+    if constexpr (kDigits == 3) {
+      I low = Isa::LoadI(totals[i][2]);
+      if constexpr (!kOffset) {
+        low = Isa::Sub(low, Isa::Mul(Isa::LoadI(zero + c), Isa::Set(problem.x_sums[2 * x + 1])));
+      }
+      float* l = lost + r * kTileColumns + c;
+      const F value = Isa::Fma(Isa::Convert(high), Isa::SetF(256.0f), Isa::Convert(low));
+      const F corrected = Isa::FusedMulSub(value, factor, Isa::LoadF(l));
+      const F new_sum = Isa::AddF(old_sum, corrected);
+      Isa::StoreF(l, Isa::SubF(Isa::SubF(new_sum, old_sum), corrected));
+      Isa::StoreF(s, new_sum);
+    } else {  // Coarser than f32 anyway.
+      Isa::StoreF(s, Isa::Fma(Isa::Convert(high), factor, old_sum));
     }
   }
-  for (int chunk = 0; chunk < block.chunks; ++chunk) {
+
+  void FinishAll(const Problem& problem) {
+    for (int i = 0; i < vectors; ++i) Finish(problem, i);
+    vectors = 0;
+  }
+};
+
+// One chunk's products for kRows rows of x, and `next` one line at a time into the cache.
+template <class Isa, int kWords, bool kWide, int kDigits, bool kOffset, int kRows, bool kFinish>
+static inline __attribute__((always_inline)) void FixedChunk(
+    const Problem& problem, const uint32_t* words, const int8_t* digits, int64_t stride,
+    const char* next, int next_step, const Pending<Isa, kDigits, kOffset>& pending,
+    typename Isa::I (&acc)[kRows][Isa::kVectors][kDigits]) {
+  using I = typename Isa::I;
 #pragma GCC unroll 8
-    for (int j = 0; j < kQuads; ++j) {
-      I codes[kVectors];
+  for (int j = 0; j < kQuads; ++j) {
+    __builtin_prefetch(next + j * next_step);
+    I codes[Isa::kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        codes[v] = LoadQuad<Isa, kWords>(words + v * Isa::kLanes, j);
-      }
+    for (int v = 0; v < Isa::kVectors; ++v) {
+      codes[v] = LoadQuad<Isa, kWords>(words + v * Isa::kLanes, j);
+    }
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-        for (int d = 0; d < kDigits; ++d) {
-          const I x = Isa::Broadcast(digits + r * stride + d * kChunkRows + j * 4);
+      for (int d = 0; d < kDigits; ++d) {
+        const I x = Isa::Broadcast(digits + r * stride + d * kChunkRows + j * 4);
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) {
-            acc[r][v][d] = Isa::template Dot<kWide>(acc[r][v][d], codes[v], x);
-          }
+        for (int v = 0; v < Isa::kVectors; ++v) {
+          acc[r][v][d] = Isa::template Dot<kWide>(acc[r][v][d], kOffset ? x : codes[v],
+                                                  kOffset ? codes[v] : x);
         }
       }
     }
-    words += kWords * kTileColumns;
-    digits += kDigits * kChunkRows;
+    if (kFinish && j < pending.kMaxVectors && j < pending.vectors) pending.Finish(problem, j);
   }
+}
 
+// Where the rows of a block are, and what to prefetch meanwhile.
+struct Position {
+  const uint32_t* words;
+  int64_t block;
+  int64_t row_begin;
+  int64_t row_end;
+  const char* next;
+  int next_step;  // bytes per quad
+};
+
+// One block of fixed-point x: kRows rows from `row`, the tile's columns from `column`.
+template <class Isa, int kWords, bool kWide, int kDigits, bool kOffset, int kRows>
+static __attribute__((noinline)) void FixedBlock(const Problem& problem, const Position& at,
+                                                 int64_t row, const BlockColumns& columns,
+                                                 int column, Sums* sums,
+                                                 Pending<Isa, kDigits, kOffset>* pending) {
+  using I = typename Isa::I;
+  const Block& block = problem.blocks[at.block];
+  const int64_t stride = block.chunks * kDigits * kChunkRows;
+  const int8_t* digits = Digits(problem, block, row);
+  const uint32_t* words = at.words + column;
+  const char* next = at.next;
+
+  I acc[kRows][Isa::kVectors][kDigits];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t at = (row + r) * problem.block_count + b;
-    const I high_sum = Isa::Set(problem.x_sums[2 * at]);
-    const I low_sum = Isa::Set(problem.x_sums[2 * at + 1]);
-    const F x_scale = Isa::SetF(problem.x_scales[at]);
+  for (int v = 0; v < Isa::kVectors; ++v) {
+    const I start = kOffset ? Isa::LoadI(columns.start + column + v * Isa::kLanes) : Isa::Set(0);
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const int c = column + v * Isa::kLanes;
-      const I zero = Isa::LoadI(columns.zero + c);
-      I high = acc[r][v][0];
-      if constexpr (kDigits > 1) high = Isa::Add(Isa::ShiftLeft(high, 8), acc[r][v][1]);
-      F value = Isa::Convert(Isa::Sub(high, Isa::Mul(zero, high_sum)));
-      if constexpr (kDigits == 3) {
-        const I low = Isa::Sub(acc[r][v][2], Isa::Mul(zero, low_sum));
-        value = Isa::Fma(value, Isa::SetF(256.0f), Isa::Convert(low));
-      }
-      const F term = Isa::MulF(value, Isa::MulF(Isa::LoadF(columns.scale + c), x_scale));
-      float* sum = sums->sum[slot + r] + c;
-      float* lost = sums->lost[slot + r] + c;
-      const F old_sum = Isa::LoadF(sum);
-      const F corrected = Isa::SubF(term, Isa::LoadF(lost));
-      const F new_sum = Isa::AddF(old_sum, corrected);
-      Isa::StoreF(lost, Isa::SubF(Isa::SubF(new_sum, old_sum), corrected));
-      Isa::StoreF(sum, new_sum);
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int d = 0; d < kDigits; ++d) acc[r][v][d] = start;
     }
   }
+  FixedChunk<Isa, kWords, kWide, kDigits, kOffset, kRows, true>(problem, words, digits, stride,
+                                                                next, at.next_step, *pending, acc);
+  for (int chunk = 1; chunk < block.chunks; ++chunk) {
+    words += kWords * kTileColumns;
+    digits += kDigits * kChunkRows;
+    next += kQuads * at.next_step;
+    FixedChunk<Isa, kWords, kWide, kDigits, kOffset, kRows, false>(
+        problem, words, digits, stride, next, at.next_step, *pending, acc);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Isa::kVectors; ++v) {
+#pragma GCC unroll 8
+      for (int d = 0; d < kDigits; ++d) {
+        Isa::StoreI(pending->totals[r * Isa::kVectors + v][d], acc[r][v][d]);
+      }
+    }
+  }
+  pending->vectors = kRows * Isa::kVectors;
+  pending->at = at.block * problem.rows + row;
+  pending->sum = sums->sum[row - at.row_begin] + column;
+  pending->lost = sums->lost[row - at.row_begin] + column;
+  pending->zero = columns.zero + column;
+  pending->scale = columns.scale + column;
 }
 
 // FixedBlock for all rows and columns of the tile.
-template <class Isa, int kWords, bool kWide, int kDigits>
-static void FixedRows(const Problem& problem, const uint32_t* words, int64_t b, int64_t row_begin,
-                      int64_t row_end, const BlockColumns& columns, Sums* sums) {
+template <class Isa, int kWords, bool kWide, int kDigits, bool kOffset>
+static void FixedRows(const Problem& problem, const Position& at, const BlockColumns& columns,
+                      Sums* sums, Pending<Isa, kDigits, kOffset>* pending) {
   for (int column = 0; column < kTileColumns; column += Isa::kVectors * Isa::kLanes) {
-    int64_t row = row_begin;
-    for (; row + Isa::kRows <= row_end; row += Isa::kRows) {
-      FixedBlock<Isa, kWords, kWide, kDigits, Isa::kRows>(problem, words, b, row, columns, column,
-                                                          sums, row - row_begin);
+    int64_t row = at.row_begin;
+    for (; row + Isa::kRows <= at.row_end; row += Isa::kRows) {
+      FixedBlock<Isa, kWords, kWide, kDigits, kOffset, Isa::kRows>(problem, at, row, columns,
+                                                                   column, sums, pending);
     }
-    const int64_t slot = row - row_begin;
-    switch (row_end - row) {
-      case 3:
-        if constexpr (Isa::kRows > 3) {
-          FixedBlock<Isa, kWords, kWide, kDigits, 3>(problem, words, b, row, columns, column, sums,
-                                                     slot);
-        }
-        break;
-      case 2:
-        if constexpr (Isa::kRows > 2) {
-          FixedBlock<Isa, kWords, kWide, kDigits, 2>(problem, words, b, row, columns, column, sums,
-                                                     slot);
-        }
-        break;
-      case 1:
-        FixedBlock<Isa, kWords, kWide, kDigits, 1>(problem, words, b, row, columns, column, sums,
-                                                   slot);
-    }
-  }
-}
-
-// One byte per code: what the masks and shifts of LoadQuad give, done once for many rows.
-template <class Isa, int kWords>
-static inline void WidenBlock(const uint32_t* words, int chunks, uint32_t* bytes) {
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kQuads; ++j) {
-      for (int c = 0; c < kTileColumns; c += Isa::kLanes) {
-        Isa::StoreI(bytes + j * kTileColumns + c, LoadQuad<Isa, kWords>(words + c, j));
+    const int64_t left = at.row_end - row;
+    if constexpr (Isa::kRows > 3) {
+      if (left == 3) {
+        FixedBlock<Isa, kWords, kWide, kDigits, kOffset, 3>(problem, at, row, columns, column, sums,
+                                                            pending);
       }
     }
-    words += kWords * kTileColumns;
-    bytes += kQuads * kTileColumns;
+    if constexpr (Isa::kRows > 2) {
+      if (left == 2) {
+        FixedBlock<Isa, kWords, kWide, kDigits, kOffset, 2>(problem, at, row, columns, column, sums,
+                                                            pending);
+      }
+    }
+    if (left == 1) {
+      FixedBlock<Isa, kWords, kWide, kDigits, kOffset, 1>(problem, at, row, columns, column, sums,
+                                                          pending);
+    }
   }
 }
 
-template <class Isa, int kWords, int kDigits>
+// One byte per code, as the masks and shifts of LoadQuad give them, done once for many rows:
+// unsigned q, or with kOffset the signed q - z and where acc starts.
+template <class Isa, int kWords, bool kOffset>
+static inline void WidenBlock(const uint32_t* words, int chunks, BlockColumns* columns,
+                              uint32_t* bytes) {
+  using I = typename Isa::I;
+  for (int c = 0; c < kTileColumns; c += Isa::kLanes) {
+    const I zeros = Isa::Mul(Isa::LoadI(columns->zero + c), Isa::Set(0x01010101));
+    I sum = Isa::Set(0);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kQuads; ++j) {
+        I quad = LoadQuad<Isa, kWords>(words + chunk * (kWords * kTileColumns) + c, j);
+        if constexpr (kOffset) {
+          quad = Isa::SubBytes(quad, zeros);
+          sum = Isa::template Dot<false>(sum, Isa::Set(0x01010101), quad);
+        }
+        Isa::StoreI(bytes + (chunk * kQuads + j) * kTileColumns + c, quad);
+      }
+    }
+    Isa::StoreI(columns->start + c, Isa::Sub(Isa::Set(0), Isa::ShiftLeft(sum, 7)));
+  }
+}
+
+template <class Isa, int kWords, int kDigits, bool kOffset>
 static void FixedMatmul(const Problem& problem, int64_t tile, int64_t row_begin, int64_t row_end,
                         Sums* sums) {
-  constexpr bool kWide = kWords == 8;
-  const uint32_t* tile_words = problem.tiles + tile * problem.chunks * (kWords * kTileColumns);
+  constexpr int kChunkWords = kWords * kTileColumns;
+  const uint32_t* tile_words = problem.tiles + tile * problem.chunks * kChunkWords;
+  Pending<Isa, kDigits, kOffset> pending;
+  BlockColumns columns[2];  // of this block, and of the one that may be pending
+  alignas(64) uint32_t bytes[kOffset ? kMaxBlockChunks * kQuads * kTileColumns : 1];
   for (int64_t b = 0; b < problem.block_count; ++b) {
     const Block& block = problem.blocks[b];
-    const uint32_t* words = tile_words + block.chunk * (kWords * kTileColumns);
-    BlockColumns columns;
-    LoadColumns(problem, tile, block, &columns);
-    if (kWords != 8 && row_end - row_begin >= Isa::kWidenRows) {
-      alignas(64) uint32_t bytes[kMaxBlockChunks * kQuads * kTileColumns];
-      WidenBlock<Isa, kWords>(words, block.chunks, bytes);
-      FixedRows<Isa, 8, kWide, kDigits>(problem, bytes, b, row_begin, row_end, columns, sums);
+    const uint32_t* words = tile_words + block.chunk * kChunkWords;
+    const char* next = reinterpret_cast<const char*>(words + block.chunks * kChunkWords);
+    Position at = {words, b, row_begin, row_end, next, kChunkWords * 4 / kQuads};
+    LoadColumns(problem, tile, block, &columns[b % 2]);
+    if constexpr (kOffset) {
+      WidenBlock<Isa, kWords, true>(words, block.chunks, &columns[b % 2], bytes);
+      at.words = bytes;
+      FixedRows<Isa, 8, false, kDigits, true>(problem, at, columns[b % 2], sums, &pending);
     } else {
-      FixedRows<Isa, kWords, kWide, kDigits>(problem, words, b, row_begin, row_end, columns, sums);
+      FixedRows<Isa, kWords, kWords == 8, kDigits, false>(problem, at, columns[b % 2], sums,
+                                                          &pending);
     }
   }
+  pending.FinishAll(problem);
 }
 
 // One block in f32: kRows of x, already gathered and padded.
@@ -254,8 +340,8 @@ static void F32Matmul(const Problem& problem, int64_t tile, const int64_t* rows,
     BlockColumns columns;
     LoadColumns(problem, tile, block, &columns);
     alignas(64) uint32_t bytes[kMaxBlockChunks * kQuads * kTileColumns];
-    WidenBlock<Isa, kWords>(tile_words + block.chunk * (kWords * kTileColumns), block.chunks,
-                            bytes);
+    WidenBlock<Isa, kWords, false>(tile_words + block.chunk * (kWords * kTileColumns), block.chunks,
+                                   &columns, bytes);
     float x[kRows][kMaxBlockRows];
     for (int r = 0; r < kRows; ++r) LoadBlock(problem, block, rows[r], x[r]);
     for (int column = 0; column < kTileColumns; column += Isa::kVectors * Isa::kLanes) {
@@ -274,6 +360,17 @@ static inline void StoreRow(const Problem& problem, int64_t tile, int64_t row, f
   StoreFloats(sums, count, problem.y, problem.x_type, row * problem.columns + first);
 }
 
+template <class Isa, int kWords, int kDigits>
+static void FixedMatmulOfDigits(const Problem& problem, int64_t tile, int64_t row_begin,
+                                int64_t row_end, Sums* sums) {
+  if constexpr (kWords != 8) {
+    if (problem.offset_digits) {
+      return FixedMatmul<Isa, kWords, kDigits, true>(problem, tile, row_begin, row_end, sums);
+    }
+  }
+  FixedMatmul<Isa, kWords, kDigits, false>(problem, tile, row_begin, row_end, sums);
+}
+
 template <class Isa, int kWords>
 static void MatmulOfWords(const Problem& problem, int64_t tile, int64_t row_begin,
                           int64_t row_end) {
@@ -283,13 +380,13 @@ static void MatmulOfWords(const Problem& problem, int64_t tile, int64_t row_begi
   std::memset(sums.lost, 0, count * sizeof(sums.lost[0]));
   switch (problem.digits) {
     case 1:
-      FixedMatmul<Isa, kWords, 1>(problem, tile, row_begin, row_end, &sums);
+      FixedMatmulOfDigits<Isa, kWords, 1>(problem, tile, row_begin, row_end, &sums);
       break;
     case 2:
-      FixedMatmul<Isa, kWords, 2>(problem, tile, row_begin, row_end, &sums);
+      FixedMatmulOfDigits<Isa, kWords, 2>(problem, tile, row_begin, row_end, &sums);
       break;
     default:
-      FixedMatmul<Isa, kWords, 3>(problem, tile, row_begin, row_end, &sums);
+      FixedMatmulOfDigits<Isa, kWords, 3>(problem, tile, row_begin, row_end, &sums);
   }
   int64_t in_f32[kMaxRows];
   int64_t in_f32_count = 0;
