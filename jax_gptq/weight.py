@@ -18,7 +18,7 @@ from jax_gptq.errors import (
     ShapeError,
     ZeroPointError,
 )
-from jax_gptq.packing import packed_rows, unpack_codes
+from jax_gptq.packing import packed_rows, unpack_codes, unpack_codes_on_host
 from jax_gptq.pytree import register_pytree, static_field
 
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
@@ -146,16 +146,17 @@ class GptqWeight:
                 f"group_size={group_size} has {-(-in_features // group_size)}; check group_size, "
                 f"or pass g_idx"
             )
-        fields = unpack_codes(zero_words.T, bits, out_features).T
+        unpack = unpack_codes_on_host if isinstance(zero_words, np.ndarray) else unpack_codes
+        fields: Any = unpack(zero_words.T, bits, out_features).T
         if sym:
             zeros: Any = _symmetric_zeros(fields, bits, f"{where}qzeros")
         elif checkpoint_format == "gptq_v2":
             zeros = fields
         elif zero_add == "word" and 32 % bits == 0:
             ones = np.uint32(sum(1 << i for i in range(0, 32, bits)))
-            zeros = unpack_codes((zero_words + ones).T, bits, out_features).T
+            zeros = unpack((zero_words + ones).T, bits, out_features).T
         else:
-            zeros = (fields + 1) & np.uint8(2**bits - 1)
+            zeros = (fields + np.uint8(1)) & np.uint8(2**bits - 1)
         return cls(
             jnp.asarray(words),
             jnp.asarray(group_scales),
