@@ -7,7 +7,7 @@ need extras and load on first use.
 import importlib
 from typing import Any
 
-from jax_gptq.checkpoint import load_linears, load_weights, open_checkpoint
+from jax_gptq.checkpoint import load_linears, load_weights, open_checkpoint, save_weights
 from jax_gptq.errors import JaxGptqError, MissingExtraError
 from jax_gptq.linear import GptqLinear
 from jax_gptq.matmul import gptq_matmul
@@ -37,6 +37,7 @@ __all__ = [
     "load_weights",
     "open_checkpoint",
     "prepare",
+    "save_weights",
 ]
 
 

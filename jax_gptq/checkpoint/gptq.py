@@ -33,6 +33,12 @@ def read(tensors: ModuleTensors, config: ModuleConfig) -> GptqWeight:
     qweight, qzeros = tensors.matrix("qweight"), tensors.matrix("qzeros")
     scales = tensors.matrix("scales")
     g_idx = tensors.get("g_idx") if "g_idx" in tensors else None
+    if qweight.shape[1] != scales.shape[1]:
+        raise ShapeError(
+            f"{tensors.where('qweight')}: expected {scales.shape[1]} columns, as scales has, found "
+            f"shape {qweight.shape}; the tensors do not belong together, or {config.source} should "
+            f"say quant_method awq"
+        )
     bits = _bits(tensors, config)
     k, n = _in_features(tensors, bits), scales.shape[1]
     group_size = _group_size(tensors, config, k)

@@ -6,13 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jax_gptq.checkpoint import awq, compressed_tensors, gptq, marlin
 from jax_gptq.checkpoint.config import QuantConfig, find_config
 from jax_gptq.checkpoint.files import ModuleTensors, TensorInfo, open_files, read_json
-from jax_gptq.errors import ConfigError, CorruptFileError, MissingTensorError
+from jax_gptq.errors import ConfigError, CorruptFileError, MissingTensorError, ShapeError
 from jax_gptq.linear import GptqLinear
 from jax_gptq.weight import GptqWeight
 
@@ -126,10 +125,13 @@ class Checkpoint:
 
     def linear(self, module: str, layout: str | None = None) -> GptqLinear:
         """Decode one module and repack it with `prepare(weight, layout)`, with its bias."""
-        bias = self.bias(module)
-        return GptqLinear.from_weight(
-            self.weight(module), None if bias is None else jnp.asarray(bias), layout=layout
-        )
+        weight, bias = self.weight(module), self.bias(module)
+        if bias is not None and bias.shape != (weight.out_features,):
+            raise ShapeError(
+                f"{ModuleTensors(self._files, module).where('bias')}: expected shape "
+                f"({weight.out_features},), found {bias.shape}; the tensors do not belong together"
+            )
+        return GptqLinear.from_weight(weight, bias, layout=layout)
 
     def items(self) -> Iterator[tuple[str, GptqWeight]]:
         """(module, weight) of every quantized module, decoded one at a time."""
