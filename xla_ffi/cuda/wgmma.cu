@@ -1,0 +1,85 @@
+#include "wgmma.cuh"
+#include "wgmma_launch.h"
+
+namespace jax_gptq::cuda {
+namespace {
+
+template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
+__global__ void __launch_bounds__(wgmma_threads(wgmma_consumers(kBlockN, kBlockM)), 1)
+    wgmma_kernel(const __grid_constant__ WgmmaArguments args,
+                 const __grid_constant__ TensorMap x_map,
+                 const __grid_constant__ TensorMap code_map,
+                 const __grid_constant__ TensorMap scale_map,
+                 const __grid_constant__ TensorMap zero_map,
+                 const __grid_constant__ TensorMap y_map) {
+  wgmma_block<T, kBits, kMode, kBlockN, kBlockM>(args, x_map, code_map, scale_map, zero_map, y_map);
+}
+
+template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
+cudaError_t launch_tiles(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
+  const WgmmaArguments args = wgmma_arguments(problem, plan);
+  if (args.stages < 3 || args.shared_bytes > kWgmmaSharedBytes) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const WgmmaMaps maps = wgmma_maps(problem, plan, args);
+  TensorMap x_map, code_map, scale_map, zero_map, y_map{};
+  if (!encode_tensor_map(&x_map, maps.x) || !encode_tensor_map(&code_map, maps.codes) ||
+      !encode_tensor_map(&scale_map, maps.scales) || !encode_tensor_map(&zero_map, maps.zeros) ||
+      (args.y_mapped && !encode_tensor_map(&y_map, maps.y))) {
+    return cudaErrorInvalidValue;
+  }
+  const int blocks = plan.columns * plan.splits;
+  const Grid grid{dim3(plan.clusters * blocks), wgmma_threads(wgmma_consumers(kBlockN, kBlockM)),
+                  blocks, args.shared_bytes};
+  return jax_gptq::cuda::launch(wgmma_kernel<T, kBits, kMode, kBlockN, kBlockM>, "wgmma", grid,
+                                stream, args, x_map, code_map, scale_map, zero_map, y_map);
+}
+
+template <class T, int kBits, WgmmaMode kMode>
+cudaError_t launch_block(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
+#define JAX_GPTQ_BLOCK(BLOCK_N, BLOCK_M)                                           \
+  if (plan.block_n == BLOCK_N && plan.block_m == BLOCK_M) {                        \
+    return launch_tiles<T, kBits, kMode, BLOCK_N, BLOCK_M>(problem, plan, stream); \
+  }
+  JAX_GPTQ_BLOCK(256, 32)
+  JAX_GPTQ_BLOCK(256, 64)
+  JAX_GPTQ_BLOCK(256, 128)
+  JAX_GPTQ_BLOCK(128, 256)
+  JAX_GPTQ_BLOCK(128, 64)
+  JAX_GPTQ_BLOCK(128, 128)
+#undef JAX_GPTQ_BLOCK
+  return cudaErrorInvalidConfiguration;
+}
+
+template <class T>
+cudaError_t launch_type(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
+  const Dtype type = std::is_same<T, F16>::value ? Dtype::kF16 : Dtype::kBf16;
+  const bool fine = problem.groups > 1 && problem.group_size % kStepK != 0;
+#ifndef DEV
+  if (problem.bits == 8) {
+    return fine ? launch_block<T, 8, WgmmaMode::kFine>(problem, plan, stream)
+                : launch_block<T, 8, WgmmaMode::kGeneral>(problem, plan, stream);
+  }
+  if (fine) return launch_block<T, 4, WgmmaMode::kFine>(problem, plan, stream);
+#endif
+  return problem.scale_type == type
+             ? launch_block<T, 4, WgmmaMode::kExact>(problem, plan, stream)
+             : launch_block<T, 4, WgmmaMode::kGeneral>(problem, plan, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_wgmma(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
+  switch (problem.type) {
+#ifndef DEV
+    case Dtype::kF16:
+      return launch_type<F16>(problem, plan, stream);
+#endif
+    case Dtype::kBf16:
+      return launch_type<Bf16>(problem, plan, stream);
+    default:
+      return cudaErrorNotSupported;
+  }
+}
+
+}  // namespace jax_gptq::cuda

@@ -1,0 +1,731 @@
+// Class B on sm_90a: y[m, n] = x[m, k] W[k, n] with W dequantized in registers.
+//
+// The packed weight is the A operand of wgmma, taken from registers; the activations are its B
+// operand, taken from shared memory. A tile of the output is therefore computed transposed:
+// rows of the accumulator are output features, columns are rows of x.
+//
+//   warpgroup 0       one thread copies: per step of 64 along K, a box of kBlockM rows of x
+//   (the producer)    (128-byte swizzle, multicast to the blocks of the cluster that need the
+//                     same rows), the packed tiles of kBlockN output features, their scales and
+//                     zero points, all through tensor maps, `stages` steps ahead.
+//   the other         each owns kSubtiles tiles of 64 output features. While the tensor cores
+//   warpgroups        multiply half a step (32 of K), its warps dequantize the next half into
+//   (the consumers)   the other register fragment.
+//
+// A cluster is `columns` x `splits` blocks: `columns` neighbouring output tiles that share x by
+// multicast, and `splits` parts of K whose f32 partial sums are added through distributed shared
+// memory in rank order. There is no atomic and no workspace, so equal inputs give equal bits.
+//
+// Shared memory:  | barriers, 1024 bytes | stage 0 | stage 1 | ... | output tiles on their way |
+// A split K reuses the stages for the partial sums.
+//
+// Rounding: (q - z) is exact, its product with the scale is rounded once to the type of x.
+#pragma once
+
+#include <type_traits>
+
+#include "plan.h"
+#include "wgmma.h"
+#include "wgmma_primitives.cuh"
+
+#ifndef TRACE
+#define TRACE(i)
+#endif
+
+namespace jax_gptq::cuda {
+
+constexpr int kWgmmaMaxStages = 10;
+constexpr int kWgmmaBarrierBytes = 1024;
+constexpr int kWgmmaSharedBytes = 227 * 1024;
+// Tiles of m walked before the next tile of n, so that x and the weights meet in the L2 cache.
+constexpr int kWgmmaRasterRows = 8;
+
+// Warpgroups that multiply in a block of block_n x block_m, and 64-row tiles of each.
+constexpr int wgmma_consumers(int block_n, int block_m) {
+  return block_n == 256 && block_m <= 128 ? 4 : 2;
+}
+constexpr int wgmma_subtiles(int block_n, int block_m) {
+  return block_n / 64 / wgmma_consumers(block_n, block_m);
+}
+constexpr int wgmma_threads(int consumers) { return 128 * (consumers + 1); }
+
+// Registers of a thread after the warpgroups have traded: the block starts with
+// 65536 / threads each, rounded down to a multiple of 8.
+constexpr int wgmma_consumer_registers(int consumers) { return consumers == 2 ? 232 : 112; }
+constexpr int wgmma_producer_registers(int consumers) { return consumers == 2 ? 40 : 32; }
+
+// Offsets in a stage, after the box of x.
+struct WgmmaStage {
+  int codes, scales, zeros;
+  int transferred;  // bytes that arrive per step
+  int size;         // rounded up to the alignment of the swizzle
+};
+
+constexpr WgmmaStage wgmma_stage(int block_n, int block_m, int bits, Dtype scale_type,
+                                 int group_rows) {
+  WgmmaStage stage{};
+  stage.codes = block_m * kStepK * 2;
+  stage.scales = stage.codes + block_n * kStepK * bits / 8;
+  stage.zeros = stage.scales + block_n * group_rows * dtype_bytes(scale_type);
+  stage.transferred = stage.zeros + block_n * group_rows;
+  stage.size = ceil_div(stage.transferred, 1024) * 1024;
+  return stage;
+}
+
+struct WgmmaArguments {
+  int m, n;
+  int group_size, groups;
+  int group_rows;  // groups that one step can touch: 1, or up to 4 where groups end inside it
+  int steps;       // of 64 along K
+  int m_tiles, n_tiles;
+  int columns, splits;
+  int stages;
+  bool y_mapped;  // y is written through its tensor map: n a multiple of 8 and no split
+  Dtype scale_type;
+  const float* bias;  // [n] or null
+  void* y;            // [m, n]
+  WgmmaStage stage;
+  int shared_bytes;
+};
+
+inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& plan) {
+  WgmmaArguments args{};
+  args.m = problem.m;
+  args.n = problem.n;
+  args.groups = problem.groups;
+  args.steps = steps_k(problem.k);
+  // A single group covers all of k and its padding.
+  args.group_size = problem.groups == 1 ? args.steps * kStepK : problem.group_size;
+  args.group_rows = 1;
+  if (args.group_size % kStepK != 0) {
+    args.group_rows = args.group_size < kStepK / 2 ? ceil_div(kStepK, args.group_size) : 2;
+  }
+  args.m_tiles = ceil_div(problem.m, plan.block_m);
+  args.n_tiles = ceil_div(problem.n, plan.block_n);
+  args.columns = plan.columns;
+  args.splits = plan.splits;
+  args.y_mapped = plan.splits == 1 && problem.n % 8 == 0;
+  args.scale_type = problem.scale_type;
+  args.bias = problem.bias;
+  args.y = problem.y;
+  args.stage =
+      wgmma_stage(plan.block_n, plan.block_m, problem.bits, problem.scale_type, args.group_rows);
+  const int staging = args.y_mapped ? plan.block_n * plan.block_m * 2 : 0;
+  args.stages = (kWgmmaSharedBytes - kWgmmaBarrierBytes - staging) / args.stage.size;
+  if (args.stages > kWgmmaMaxStages) args.stages = kWgmmaMaxStages;
+  args.shared_bytes = kWgmmaBarrierBytes + args.stages * args.stage.size + staging;
+  if (plan.splits > 1) {
+    // The partial sums of a tile, and the rows that the other splits send.
+    const int rows = plan.block_m + (plan.splits - 1) * ceil_div(plan.block_m, plan.splits);
+    const int bytes = kWgmmaBarrierBytes + rows * (plan.block_n + 4) * 4;
+    if (args.shared_bytes < bytes) args.shared_bytes = bytes;
+  }
+  return args;
+}
+
+struct WgmmaMaps {
+  MapDescription x, codes, scales, zeros, y;
+};
+
+inline WgmmaMaps wgmma_maps(const Problem& problem, const WgmmaPlan& plan,
+                            const WgmmaArguments& args) {
+  const int tiles = plan.block_n / kTileN;
+  const int64_t all_tiles = tiles_n(problem.n);
+  WgmmaMaps maps;
+  maps.x = {problem.x,
+            problem.type,
+            2,
+            2,
+            {problem.k, problem.m},
+            {int64_t{problem.k} * 2},
+            {kStepK, plan.block_m / plan.columns, 1},
+            true};
+  // The codes as 8-byte words, so that a tile is 256 of them: the longest box side there is.
+  const int64_t blocks = int64_t{args.steps} * (problem.bits / 4);
+  maps.codes = {problem.codes,
+                problem.type,
+                8,
+                3,
+                {256, blocks, all_tiles},
+                {kTileBytes, blocks * kTileBytes},
+                {256, problem.bits / 4, tiles},
+                false};
+  const int64_t row = int64_t{problem.groups} * kTileN;
+  const int element = dtype_bytes(problem.scale_type);
+  maps.scales = {problem.scales,
+                 problem.scale_type,
+                 element,
+                 2,
+                 {row, all_tiles},
+                 {row * element},
+                 {kTileN * args.group_rows, tiles, 1},
+                 false};
+  maps.zeros = {problem.zeros,
+                problem.type,
+                1,
+                2,
+                {row, all_tiles},
+                {row},
+                {kTileN * args.group_rows, tiles, 1},
+                false};
+  maps.y = {problem.y,
+            problem.type,
+            2,
+            2,
+            {problem.n, problem.m},
+            {int64_t{problem.n} * 2},
+            {kTileN, plan.block_m, 1},
+            true};
+  return maps;
+}
+
+// ---- Dequantization ------------------------------------------------------------------------
+
+constexpr uint32_t kMagicF16 = 0x64006400u;   // 1024: the unit in the last place is 1
+constexpr uint32_t kMagicBf16 = 0x43004300u;  // 128: the same
+constexpr uint32_t kMagicF32 = 0x4b000000u;   // 2^23: the same
+
+template <class T>
+constexpr uint32_t magic() {
+  return std::is_same<T, F16>::value ? kMagicF16 : kMagicBf16;
+}
+
+// How a code becomes a value.
+enum class WgmmaMode {
+  kExact,    // scales stored in the type of x, four bits, groups that end between steps
+  kGeneral,  // scales applied in f32
+  kFine,     // as kGeneral, with groups that end inside a step
+};
+
+// Scale and zero point of this lane's two rows of one 64-row tile, rows r and r + 8.
+//   kExact: both as duplicated pairs, the zero point with the magic
+//   number of the type added; otherwise the scale in f32, and the zero point as such a pair of
+//   bf16 (4 bits) or in f32, plus 2^23 (8 bits).
+struct WgmmaParameters {
+  uint32_t scale[2];
+  uint32_t zero[2];
+};
+
+template <class T, int kBits, WgmmaMode kMode>
+__device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint32_t zeros,
+                                                           int index, Dtype scale_type) {
+  WgmmaParameters p;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int at = index + 8 * i;
+    const uint32_t zero = ld_shared<uint8_t>(zeros + at);
+    if constexpr (kMode == WgmmaMode::kExact) {
+      p.scale[i] = ld_shared<uint16_t>(scales + 2 * at) * 0x00010001u;
+      p.zero[i] = zero * 0x00010001u | magic<T>();
+    } else {
+      float scale;
+      if (scale_type == Dtype::kF32) {
+        scale = ld_shared<float>(scales + 4 * at);
+      } else {
+        const uint16_t bits = ld_shared<uint16_t>(scales + 2 * at);
+        scale = scale_type == Dtype::kF16 ? to_float<F16>(bits) : to_float<Bf16>(bits);
+      }
+      p.scale[i] = float_bits(scale);
+      p.zero[i] = kBits == 4 ? zero * 0x00010001u | kMagicBf16 : zero | kMagicF32;
+    }
+  }
+  return p;
+}
+
+// The A fragment of 16 along K of one tile, from a word of four-bit codes (layout.h).
+template <class T, WgmmaMode kMode>
+__device__ __forceinline__ void dequantize4(uint32_t (&a)[4], uint32_t word,
+                                            const WgmmaParameters& p) {
+  constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;
+  using Exact =
+      std::conditional_t<kMode == WgmmaMode::kExact, T, Bf16>;  // the type that holds q - z
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t codes = lop3<kAndOr>(word >> (4 * i), 0x000f000fu, magic<Exact>());
+    const uint32_t exact = sub2<Exact>(codes, p.zero[i % 2]);
+    if constexpr (kMode == WgmmaMode::kExact) {
+      a[i] = mul2<T>(exact, p.scale[i % 2]);
+    } else {
+      const float scale = bits_float(p.scale[i % 2]);
+      a[i] = pack2<T>(bits_float(exact << 16) * scale, bits_float(exact & 0xffff0000u) * scale);
+    }
+  }
+}
+
+// The same from two words of eight-bit codes.
+template <class T>
+__device__ __forceinline__ void dequantize8(uint32_t (&a)[4], uint32_t low, uint32_t high,
+                                            const WgmmaParameters& p) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word = i < 2 ? low : high;
+    const float scale = bits_float(p.scale[i % 2]);
+    const float zero = bits_float(p.zero[i % 2]);
+    // The code becomes the low mantissa byte of 2^23.
+    const float first = bits_float(prmt(word, kMagicF32, 0x7650 + i % 2));
+    const float second = bits_float(prmt(word, kMagicF32, 0x7652 + i % 2));
+    a[i] = pack2<T>((first - zero) * scale, (second - zero) * scale);
+  }
+}
+
+// ---- The kernel ----------------------------------------------------------------------------
+
+struct OutputTile {
+  int m, n;  // counted in blocks
+};
+
+// The `work`-th output tile: bands of kWgmmaRasterRows tiles of m, walked along n.
+__device__ __forceinline__ OutputTile output_tile(const WgmmaArguments& args, int work,
+                                                  int column) {
+  const int along_n = ceil_div(args.n_tiles, args.columns);
+  const int band = work / (kWgmmaRasterRows * along_n);
+  const int left = args.m_tiles - band * kWgmmaRasterRows;
+  const int rows = left < kWgmmaRasterRows ? left : kWgmmaRasterRows;
+  const int within = work - band * kWgmmaRasterRows * along_n;
+  return {band * kWgmmaRasterRows + within % rows, within / rows * args.columns + column};
+}
+
+__device__ __forceinline__ int group_of(const WgmmaArguments& args, int k) {
+  const int group = k / args.group_size;
+  return group < args.groups ? group : args.groups - 1;
+}
+
+__device__ __forceinline__ float load_bias(const WgmmaArguments& args, int n) {
+  return args.bias != nullptr && n < args.n ? ld_global_nc<float>(args.bias + n) : 0.0f;
+}
+
+// Adds up the splits of a tile. Every block of the cluster has its partial sums, f32
+// [kBlockM][kBlockN + 4], at `partial`; the rows are shared out among the splits. A block sends
+// each other its rows, waits for its own from them, and adds in rank order.
+template <class T, int kConsumers, int kBlockN, int kBlockM>
+__device__ __forceinline__ void reduce_splits(const WgmmaArguments& args, uint32_t partial,
+                                              uint32_t received, uint32_t barrier, OutputTile tile,
+                                              int column, int split) {
+  constexpr int kRowBytes = 4 * (kBlockN + 4);
+  constexpr int kQuads = kBlockN / 4;  // of a row
+  const int thread = static_cast<int>(threadIdx.x) - 128;
+  const int left = args.m - tile.m * kBlockM;
+  const int rows = left < kBlockM ? left : kBlockM;
+  const int first = rows * split / args.splits;
+  const int mine = rows * (split + 1) / args.splits - first;
+  if (thread == 0) barrier_arrive_expect(barrier, (args.splits - 1) * mine * kRowBytes);
+  if (thread < args.splits && thread != split) {
+    const int other_first = rows * thread / args.splits;
+    const int other_rows = rows * (thread + 1) / args.splits - other_first;
+    const int rank = thread * args.columns + column;
+    const int slot = split < thread ? split : split - 1;
+    if (other_rows > 0) {
+      copy_to_block(cluster_map(received + slot * other_rows * kRowBytes, rank),
+                    partial + other_first * kRowBytes, other_rows * kRowBytes,
+                    cluster_map(barrier, rank));
+    }
+  }
+  barrier_wait(barrier, 0);
+  TRACE(7);
+  uint16_t* const y = static_cast<uint16_t*>(args.y);
+  for (int i = thread; i < mine * kQuads; i += 128 * kConsumers) {
+    const int row = i / kQuads;
+    const int n = tile.n * kBlockN + i % kQuads * 4;
+    if (n >= args.n) continue;
+    float4 sum = make_float4(load_bias(args, n), load_bias(args, n + 1), load_bias(args, n + 2),
+                             load_bias(args, n + 3));
+    for (int other = 0; other < args.splits; ++other) {
+      const int slot = other < split ? other : other - 1;
+      const uint32_t from = other == split ? partial + (first + row) * kRowBytes
+                                           : received + (slot * mine + row) * kRowBytes;
+      const float4 part = ld_shared<float4>(from + i % kQuads * 16);
+      sum.x += part.x;
+      sum.y += part.y;
+      sum.z += part.z;
+      sum.w += part.w;
+    }
+    uint16_t* const at = y + static_cast<int64_t>(tile.m * kBlockM + first + row) * args.n + n;
+    if (args.n % 4 == 0) {
+      st_global(at, make_uint2(pack2<T>(sum.x, sum.y), pack2<T>(sum.z, sum.w)));
+    } else {
+      st_global(at, from_float<T>(sum.x));
+      if (n + 1 < args.n) st_global(at + 1, from_float<T>(sum.y));
+      if (n + 2 < args.n) st_global(at + 2, from_float<T>(sum.z));
+      if (n + 3 < args.n) st_global(at + 3, from_float<T>(sum.w));
+    }
+  }
+}
+
+template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
+__device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const TensorMap& x_map,
+                                            const TensorMap& code_map, const TensorMap& scale_map,
+                                            const TensorMap& zero_map, const TensorMap& y_map) {
+  constexpr int kConsumers = wgmma_consumers(kBlockN, kBlockM);
+  constexpr int kSubtiles = wgmma_subtiles(kBlockN, kBlockM);
+  constexpr int kTiles = kBlockN / kTileN;
+  constexpr int kSums = kBlockM / 2;             // f32 accumulators of a lane, per subtile
+  constexpr int kPitch = kBlockN + 4;            // floats of a row of partial sums
+  constexpr int kChunk = kBlockM <= 64 ? 4 : 2;  // limited by registers
+
+  const uint32_t barriers = shared_base();
+  const uint32_t stages = barriers + kWgmmaBarrierBytes;
+  const auto full = [&](int stage) { return barriers + 16 * stage; };
+  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
+  const uint32_t reduced = barriers + 16 * kWgmmaMaxStages;
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warpgroup = thread / 128;
+  const int warp = thread / 32 % 4;
+  const int lane = thread % 32;
+
+  const int rank = cluster_rank();
+  const int column = rank % args.columns;
+  const int split = rank / args.columns;
+  const int blocks = args.columns * args.splits;
+  const int first_work = static_cast<int>(blockIdx.x) / blocks;
+  const int work_stride = static_cast<int>(gridDim.x) / blocks;
+  const int works = args.m_tiles * ceil_div(args.n_tiles, args.columns);
+  const int first_step = args.steps * split / args.splits;
+  const int last_step = args.steps * (split + 1) / args.splits;
+
+  TRACE(0);
+  if (thread == 0) {
+    prefetch_map(&x_map);
+    prefetch_map(&code_map);
+    prefetch_map(&scale_map);
+    prefetch_map(&zero_map);
+    for (int i = 0; i < args.stages; ++i) {
+      barrier_init(full(i), 1);
+      barrier_init(empty(i), 4 * kConsumers * args.columns);
+    }
+    barrier_init(reduced, 1);
+    barrier_init_fence();
+  }
+  if (blocks > 1) {
+    warp_sync();
+    cluster_arrive_relaxed();
+    cluster_wait();
+  } else {
+    block_sync();
+  }
+  TRACE(1);
+
+  if (warpgroup == 0) {
+    registers_lower<wgmma_producer_registers(kConsumers)>();
+    // Three warps issue copies, each through one elected lane: x, the codes, and the scales and
+    // zero points, which change with the group. The first also says how many bytes will arrive.
+    // The warps stay together around the elected lane: operands then sit in uniform registers, as
+    // the copy instructions want them.
+    const bool elected = elect_one();
+    const int steps_of_group = args.group_size / kStepK;
+    const int box_row = column * (kBlockM / args.columns);
+    const uint16_t peers = ((1 << args.columns) - 1) << (split * args.columns);
+    int stage = 0, phase = 0;
+    for (int work = first_work; work < works && warp < 3; work += work_stride) {
+      const OutputTile tile = output_tile(args, work, column);
+      int group = first_step * kStepK / args.group_size;
+      int steps_left = 0;
+#pragma unroll 1
+      for (int step = first_step; step < last_step; ++step) {
+        const uint32_t base = stages + stage * args.stage.size;
+        bool parameters = true;
+        if (kMode == WgmmaMode::kFine) {
+          group = group_of(args, step * kStepK);
+        } else {
+          parameters = step == first_step || steps_left == 0;
+          if (steps_left == 0) {
+            if (step > first_step) ++group;
+            steps_left = steps_of_group;
+            if (step == first_step) steps_left -= step % steps_of_group;
+          }
+          --steps_left;
+        }
+        barrier_wait(empty(stage), phase ^ 1);
+        if (elected) {
+          if (warp == 0) {
+            barrier_arrive_expect(full(stage),
+                                  parameters ? args.stage.transferred : args.stage.scales);
+            if (args.columns > 1) {
+              copy_box_multicast(base + box_row * 128, &x_map, full(stage), step * kStepK,
+                                 tile.m * kBlockM + box_row, peers);
+            } else {
+              copy_box(base, &x_map, full(stage), step * kStepK, tile.m * kBlockM);
+            }
+          } else if (warp == 1) {
+            copy_box(base + args.stage.codes, &code_map, full(stage), 0, step * (kBits / 4),
+                     tile.n * kTiles);
+          } else if (parameters) {
+            copy_box(base + args.stage.scales, &scale_map, full(stage), group * kTileN,
+                     tile.n * kTiles);
+            copy_box(base + args.stage.zeros, &zero_map, full(stage), group * kTileN,
+                     tile.n * kTiles);
+          }
+        }
+        if (++stage == args.stages) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+    }
+  } else {
+    registers_raise<wgmma_consumer_registers(kConsumers)>();
+    const int consumer = warpgroup - 1;
+    const int row = 16 * warp + lane / 4;  // of a 64-row tile; the lane also has row + 8
+
+    // A chunk is what one group of products covers: kChunk steps of 16 along K.
+    constexpr int kChunks = 4 / kChunk;  // in a step
+    uint32_t fragments[2][kSubtiles][kChunk][4];
+    uint4 words[kSubtiles][kBits / 4];  // codes of a step
+    WgmmaParameters parameters[kSubtiles];
+
+    // Stages are walked three times: to fetch codes, to multiply, to release. Running addresses.
+    const uint32_t stages_end = stages + args.stages * args.stage.size;
+    const uint32_t lane_codes = args.stage.codes + consumer * kSubtiles * step_bytes(kBits) +
+                                (warp * 32 + lane) * kLaneBytes;
+    uint32_t fetched = stages;        // the stage that is fetched from next,
+    uint32_t fetched_full = full(0);  // its barrier,
+    int fetched_phase = 0;            // and the parity that the barrier will complete
+    uint32_t multiplied = stages;
+    // A lane arrives at its own peer's barrier, if it has one.
+    uint32_t released = cluster_map(
+        empty(0), lane < args.columns ? split * args.columns + lane : split * args.columns);
+    int stages_to_release = args.stages;
+    int steps_left = 0;  // of the group whose parameters are held
+
+    const auto load_group = [&](uint32_t base, int group_row) {
+#pragma unroll
+      for (int s = 0; s < kSubtiles; ++s) {
+        const int index = ((consumer * kSubtiles + s) * args.group_rows + group_row) * kTileN + row;
+        parameters[s] = load_parameters<T, kBits, kMode>(
+            base + args.stage.scales, base + args.stage.zeros, index, args.scale_type);
+      }
+    };
+
+    // Waits for the data of `step`; reads its codes, and its parameters where a group begins.
+    const auto fetch = [&](int step) {
+      barrier_wait(fetched_full, fetched_phase);
+#pragma unroll
+      for (int s = 0; s < kSubtiles; ++s) {
+#pragma unroll
+        for (int i = 0; i < kBits / 4; ++i) {
+          words[s][i] =
+              ld_shared<uint4>(fetched + lane_codes + s * step_bytes(kBits) + i * kTileBytes);
+        }
+      }
+      if (kMode != WgmmaMode::kFine) {
+        if (steps_left == 0) {
+          load_group(fetched, 0);
+          const int steps = args.group_size / kStepK;
+          steps_left = steps - step % steps;
+        }
+        --steps_left;
+      }
+    };
+
+    // Chunk `kPart` of the fetched step into fragment `kBuffer`.
+    const auto dequantize_chunk = [&](int step, auto part, auto buffer) {
+      constexpr int kPart = decltype(part)::value;
+      constexpr int kBuffer = decltype(buffer)::value;
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        const int at = kPart * kChunk + j;  // steps of 16 since the beginning of this step
+        if (kMode == WgmmaMode::kFine) {
+          const int k = step * kStepK;
+          load_group(fetched, group_of(args, k + kFragmentK * at) - group_of(args, k));
+        }
+#pragma unroll
+        for (int s = 0; s < kSubtiles; ++s) {
+          if constexpr (kBits == 4) {
+            const uint4 w = words[s][0];
+            dequantize4<T, kMode>(fragments[kBuffer][s][j],
+                                  at < 2 ? (at == 0 ? w.x : w.y) : (at == 2 ? w.z : w.w),
+                                  parameters[s]);
+          } else {
+            const uint4 w = words[s][at / 2];
+            dequantize8<T>(fragments[kBuffer][s][j], at % 2 == 0 ? w.x : w.z,
+                           at % 2 == 0 ? w.y : w.w, parameters[s]);
+          }
+        }
+      }
+      if (kPart == kChunks - 1) {
+        fetched += args.stage.size;
+        fetched_full += 16;
+        if (fetched == stages_end) {
+          fetched = stages;
+          fetched_full = full(0);
+          fetched_phase ^= 1;
+        }
+      }
+    };
+
+    const auto multiply_chunk = [&](auto& sums, auto part, auto buffer) {
+      constexpr int kPart = decltype(part)::value;
+      constexpr int kBuffer = decltype(buffer)::value;
+      const uint64_t x = swizzled_descriptor(multiplied);
+      wgmma_fence();
+#pragma unroll
+      for (int s = 0; s < kSubtiles; ++s) {
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) {
+          Wgmma<T, kBlockM>::multiply(sums[s], fragments[kBuffer][s][j],
+                                      x + 2 * (kPart * kChunk + j));
+        }
+      }
+      wgmma_commit();
+      if (kPart == kChunks - 1) {
+        multiplied += args.stage.size;
+        if (multiplied == stages_end) multiplied = stages;
+      }
+    };
+
+    // The oldest stage that was not released: its codes and products are done.
+    const auto release = [&] {
+      warp_sync();
+      if (lane < args.columns) barrier_arrive_cluster(released);
+      released += 16;
+      if (--stages_to_release == 0) {
+        released -= 16 * args.stages;
+        stages_to_release = args.stages;
+      }
+    };
+
+    constexpr std::integral_constant<int, 0> kFirst{};
+    constexpr std::integral_constant<int, 1> kSecond{};
+    constexpr std::integral_constant<int, kChunks - 1> kLastPart{};
+
+    for (int work = first_work; work < works; work += work_stride) {
+      const OutputTile tile = output_tile(args, work, column);
+      float sums[kSubtiles][kSums];
+#pragma unroll
+      for (int s = 0; s < kSubtiles; ++s) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[s][i] = 0.0f;
+      }
+      steps_left = 0;
+      if (first_step < last_step) {
+        fetch(first_step);
+        TRACE(2);
+        dequantize_chunk(first_step, kFirst, kFirst);
+        if (kChunks == 1 && first_step + 1 < last_step) fetch(first_step + 1);
+        // While the products of a chunk are under way, the next is dequantized, from codes that
+        // were fetched before. Fragments alternate, so the loop's body holds two chunks: a step,
+        // or two steps of one chunk each.
+#pragma unroll 1
+        for (int step = first_step; step < last_step; step += 2 / kChunks) {
+          multiply_chunk(sums, kFirst, kFirst);
+          wgmma_wait<1>();
+          if (step > first_step) release();
+          if (kChunks == 1) {
+            if (step + 1 == last_step) break;
+            dequantize_chunk(step + 1, kFirst, kSecond);
+            if (step + 2 < last_step) fetch(step + 2);
+            multiply_chunk(sums, kFirst, kSecond);
+            wgmma_wait<1>();
+            release();
+            if (step + 2 < last_step) {
+              dequantize_chunk(step + 2, kFirst, kFirst);
+              if (step + 3 < last_step) fetch(step + 3);
+            }
+          } else {
+            dequantize_chunk(step, kLastPart, kSecond);
+            if (step + 1 < last_step) fetch(step + 1);
+            multiply_chunk(sums, kLastPart, kSecond);
+            wgmma_wait<1>();
+            if (step + 1 < last_step) dequantize_chunk(step + 1, kFirst, kFirst);
+          }
+        }
+        wgmma_wait<0>();
+        release();
+      }
+      TRACE(3);
+
+      const int tile0 = tile.n * kTiles + consumer * kSubtiles;  // this warpgroup's first tile
+      if (args.splits > 1) {
+        // f32 partial sums, transposed to [kBlockM][kBlockN], where the stages were.
+        named_barrier(1, 128 * kConsumers);
+#pragma unroll
+        for (int s = 0; s < kSubtiles; ++s) {
+          const int n = (consumer * kSubtiles + s) * kTileN + row;
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) {
+            const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            st_shared(stages + 4 * (m * kPitch + n + i / 2 % 2 * 8), sums[s][i]);
+          }
+        }
+        fence_async_proxy();
+      } else if (args.y_mapped) {
+        const uint32_t staging =
+            stages + args.stages * args.stage.size + consumer * kSubtiles * kBlockM * 128;
+        if (thread % 128 == 0) store_wait_read();
+        named_barrier(1 + consumer, 128);
+#pragma unroll
+        for (int s = 0; s < kSubtiles; ++s) {
+          const float bias0 = load_bias(args, (tile0 + s) * kTileN + row);
+          const float bias1 = load_bias(args, (tile0 + s) * kTileN + row + 8);
+          const uint32_t base = (staging + s * kBlockM * 128);
+#pragma unroll
+          for (int i = 0; i < kSums; i += 8) {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const float bias = j % 2 == 0 ? bias0 : bias1;
+              pairs[j] = pack2<T>(sums[s][i + 2 * j] + bias, sums[s][i + 2 * j + 1] + bias);
+            }
+            // Matrices: rows 0..7 and 8..15 of 8 columns of m, then those of the next 8 columns.
+            const int m = i / 4 * 8 + lane / 16 * 8 + lane % 8;
+            const int chunk = (2 * warp + lane / 8 % 2) ^ (m % 8);
+            stmatrix_x4_trans(base + m * 128 + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
+          }
+        }
+        fence_async_proxy();
+        named_barrier(1 + consumer, 128);
+        if (thread % 128 == 0) {
+#pragma unroll
+          for (int s = 0; s < kSubtiles; ++s) {
+            store_box(&y_map, (staging + s * kBlockM * 128), (tile0 + s) * kTileN,
+                      tile.m * kBlockM);
+          }
+          store_commit();
+        }
+      } else {
+        uint16_t* const y = static_cast<uint16_t*>(args.y);
+#pragma unroll
+        for (int s = 0; s < kSubtiles; ++s) {
+          const int n0 = (tile0 + s) * kTileN + row;
+          const float bias0 = load_bias(args, n0);
+          const float bias1 = load_bias(args, n0 + 8);
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) {
+            const int m = tile.m * kBlockM + i / 4 * 8 + lane % 4 * 2 + i % 2;
+            const int n = n0 + i / 2 % 2 * 8;
+            if (m < args.m && n < args.n) {
+              st_global(y + static_cast<int64_t>(m) * args.n + n,
+                        from_float<T>(sums[s][i] + (i / 2 % 2 == 0 ? bias0 : bias1)));
+            }
+          }
+        }
+      }
+    }
+    if (thread % 128 == 0) store_wait_read();
+    TRACE(4);
+    if (args.splits > 1) {
+      // The other blocks, too, have done with their stages, where the sums will be sent.
+      named_barrier(1, 128 * kConsumers);
+      cluster_arrive_relaxed();
+      cluster_wait();
+      TRACE(5);
+      reduce_splits<T, kConsumers, kBlockN, kBlockM>(args, stages, stages + kBlockM * kPitch * 4,
+                                                     reduced, output_tile(args, first_work, column),
+                                                     column, split);
+    }
+  }
+  if (warpgroup == 0 && args.splits > 1) {
+    warp_sync();
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
+  if (blocks > 1) {
+    // A block stays until its peers have stopped reading its memory and arriving on its barriers.
+    warp_sync();
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
+  TRACE(6);
+}
+
+}  // namespace jax_gptq::cuda
