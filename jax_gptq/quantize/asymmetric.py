@@ -1,0 +1,33 @@
+"""Calibration against the float model's activations (GPTAQ, Li et al., arXiv:2504.02692)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@functools.partial(jax.jit, static_argnames="alpha")
+def asymmetric_target(W: Array, L: Array, rows: Array, cross: Array, alpha: float) -> Array:
+    """The weights whose rounding makes quantized inputs give the float model's outputs.
+
+    GPTAQ minimises |W^T x' - Wq^T x|^2, where x is what the layer is given behind quantized layers
+    and x' what the float model gives it. Completing the square turns that into GPTQ's own loss, up
+    to a constant, around W + H^-1 C W with C = (2/n) sum x (x' - x)^T. GPTAQ approximates this
+    shift row by row while it solves; here it is exact, and damped as H is.
+
+    Args:
+      W: f32 [K, N].
+      L: from `factoring.factor` of H in the order `rows`, f32 [size, size].
+      rows: int32 [K].
+      cross: C, f32 [K, K].
+      alpha: how much of the shift is taken.
+    """
+    pad = L.shape[0] - W.shape[0]
+    moved = jnp.matmul(cross, W, precision=jax.lax.Precision.HIGHEST)
+    moved = jnp.pad(moved[rows], ((pad, 0), (0, 0)))
+    for transpose in (False, True):
+        moved = jax.lax.linalg.triangular_solve(
+            L, moved, left_side=True, lower=True, transpose_a=transpose
+        )
+    return W + alpha * jnp.zeros_like(W).at[rows].set(moved[pad:])

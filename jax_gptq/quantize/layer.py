@@ -1,0 +1,301 @@
+"""`gptq`: one layer, from W and H to a `GptqWeight`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_gptq.errors import BitsError, QuantizationError, ShapeError
+from jax_gptq.packing import pack_codes
+from jax_gptq.quantize.asymmetric import asymmetric_target
+from jax_gptq.quantize.factoring import factor
+from jax_gptq.quantize.order import act_order, group_aware_order
+from jax_gptq.quantize.refine import refine as refine_columns
+from jax_gptq.quantize.report import Report
+from jax_gptq.quantize.solution import Solution, in_natural_order
+from jax_gptq.quantize.solver import solve
+from jax_gptq.quantize.spec import Spec, padded
+from jax_gptq.reference import dequantize
+from jax_gptq.weight import SCALE_DTYPES, GptqWeight
+
+# Columns do not depend on each other: panels bound the memory beside W, H and its factor.
+_PANEL = 1024
+_SAMPLE = 256
+# Relative difference of H and its transpose that rounding in other accumulators may leave.
+_ASYMMETRY = 1e-3
+
+
+def gptq(
+    W: ArrayLike,
+    H: ArrayLike,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    desc_act: bool = False,
+    static_groups: bool = False,
+    act_group_aware: bool = False,
+    damp: float = 0.01,
+    damp_step: float = 0.01,
+    mse: float = 0.0,
+    block_size: int = 128,
+    refine: bool = True,
+    sweeps: int = 4,
+    cross: ArrayLike | None = None,
+    alpha: float = 1.0,
+    scale_dtype: DTypeLike = jnp.float16,
+    name: str = "",
+) -> tuple[GptqWeight, Report]:
+    """Quantize one layer so that tr((W - Wq)^T H (W - Wq)) is small (arXiv:2210.17323).
+
+    All columns are solved in parallel, by functions that are compiled once per shape and set of
+    options. The scales that the solver works with are the stored ones, so the loss of what is
+    returned is the loss in the report. f32 throughout.
+
+    Args:
+      W: float [K, N] (in, out: the transpose of a torch Linear's).
+      H: float [K, K], (2/n) sum x x^T over calibration rows x (`Hessian`).
+      bits: 2 to 8.
+      group_size: rows that share a scale; -1 means K.
+      sym: all zero points are 2**(bits-1).
+      desc_act: solve rows by descending H[k, k]. Groups follow that order, so the weight has a
+        `g_idx`, unless `static_groups`.
+      static_groups: take every group's scale from W as it is, before any update.
+      act_group_aware: solve whole groups by descending importance, and rows within a group
+        (arXiv:2505.14638); needs no `g_idx`. Not together with `desc_act`.
+      damp: fraction of H's mean diagonal that is added to the diagonal.
+      damp_step: added to `damp` where the factorization fails, twice as much every time.
+      mse: exponent of the search for the best clipping of each group (2.4 is usual), 0 for none.
+      block_size: rows that are solved before the others are updated.
+      refine: then lower the loss further by coordinate descent over codes, scales and zero points.
+        False is plain GPTQ.
+      sweeps: passes of that descent.
+      cross: float [K, K], (2/n) sum x (x' - x)^T, where x' is what the float model gives the layer:
+        quantize towards the float model's outputs (GPTAQ, `asymmetric_target`). The losses in the
+        report are then around the shifted weights.
+      alpha: how much of that shift is taken.
+      scale_dtype: float16 (what GPTQ files hold), bfloat16 or float32.
+      name: of the layer, for messages.
+
+    Returns:
+      The weight and a `Report`.
+
+    Raises:
+      ShapeError: W is not [K, N], or H or cross not [K, K].
+      BitsError: bits outside 2 to 8.
+      QuantizationError: W, H or cross is not finite, H is asymmetric or has a negative diagonal, H
+        cannot be factored even with `damp` raised to 1, or an option is out of range or excludes
+        another.
+    """
+    where = f"{name}: " if name else ""
+    W = _checked_weight(W, where)
+    H = _checked_hessian(H, W.shape[0], where)
+    count, columns = W.shape
+    spec = _checked_spec(
+        where, count, bits, group_size, sym, mse, block_size, static_groups, scale_dtype
+    )
+    if desc_act and act_group_aware:
+        raise QuantizationError(
+            f"{where}desc_act and act_group_aware are two orders: choose one of them"
+        )
+    if not (0 <= damp < 1 and damp_step > 0):
+        raise QuantizationError(
+            f"{where}expected 0 <= damp < 1 and damp_step > 0, found {damp} and {damp_step}"
+        )
+    notes = []
+    diagonal = jnp.diagonal(H)
+    dead = diagonal == 0
+    dead_rows = int(jnp.sum(dead))
+    if dead_rows:
+        notes.append(f"{dead_rows} of {count} input features are zero in the calibration data")
+    order = _order(diagonal, desc_act, act_group_aware, spec.group_size)
+    rows = order[::-1]
+
+    L, used_damp, added = factor(H, rows, padded(count, spec.span), damp, damp_step, where)
+    if used_damp != damp:
+        notes.append(f"H is singular: damp raised from {damp:g} to {used_damp:g}")
+    if cross is not None:
+        W = asymmetric_target(W, L, rows, _checked_cross(cross, count, where), alpha)
+    width = -(-columns // -(-columns // _PANEL))
+    starts = range(0, columns, width)
+    solutions: list[Solution] = []
+    loss = 0.0
+    for start in starts:
+        solved, damped_loss, squares = solve(_panel(W, dead, start, width), L, rows, spec)
+        loss += float(jnp.sum(damped_loss - added * squares))
+        solutions.append(solved)
+    del L
+
+    # Act-order made groups of its own; all other groups are consecutive rows of W.
+    own_groups = desc_act and not spec.static_groups
+    if not own_groups:
+        solutions = [
+            in_natural_order(each, order, spec.group_size, spec.static_groups) for each in solutions
+        ]
+    gptq_loss = loss
+    if refine:
+        H_grouped = H[order[:, None], order[None, :]] if own_groups else H
+        gptq_loss = loss = 0.0
+        for i, start in enumerate(starts):
+            w = _panel(W, dead, start, width)
+            solutions[i], before, after = refine_columns(
+                w[order] if own_groups else w, H_grouped, solutions[i], spec, sweeps
+            )
+            gptq_loss, loss = gptq_loss + float(before.sum()), loss + float(after.sum())
+        del H_grouped
+    g_idx = None
+    if own_groups:
+        back = jnp.argsort(order)
+        g_idx = back // spec.group_size
+        solutions = [Solution(each.codes[back], *each[1:]) for each in solutions]
+    weight = _packed(solutions, g_idx, columns, spec)
+    relative = float(_relative_loss(W, H, weight))
+    return weight, Report(loss, relative, gptq_loss, used_damp, dead_rows, tuple(notes))
+
+
+def _order(diagonal: Array, desc_act: bool, act_group_aware: bool, group_size: int) -> Array:
+    """Rows in the order in which they are solved, int32 [K]."""
+    if desc_act:
+        return act_order(diagonal)
+    if act_group_aware:
+        return group_aware_order(diagonal, group_size)
+    return jnp.arange(diagonal.shape[0], dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _panel(W: Array, dead: Array, start: int, width: int) -> Array:
+    """Columns of W, zero where there are none and in dead rows: f32 [K, width]."""
+    columns = start + jnp.arange(width)
+    panel = jnp.take(W, columns, axis=1, mode="fill", fill_value=0)
+    return jnp.where(dead[:, None], 0.0, panel)
+
+
+def _packed(solutions: list[Solution], g_idx: Array | None, columns: int, spec: Spec) -> GptqWeight:
+    """The panels, in natural order of rows, as one weight."""
+    count = solutions[0].codes.shape[0]
+    words = [_pack(each.codes, spec.bits) for each in solutions]
+    scales = [each.scales.astype(spec.scale_dtype) for each in solutions]
+    zeros = [each.zeros.astype(jnp.uint8) for each in solutions]
+    qweight, scales, zeros = (
+        jnp.concatenate(x, axis=1)[:, :columns] for x in (words, scales, zeros)
+    )
+    return GptqWeight(qweight, scales, zeros, g_idx, spec.bits, spec.group_size, count, columns)
+
+
+_pack = jax.jit(pack_codes, static_argnames="bits")
+
+
+@jax.jit
+def _relative_loss(W: Array, H: Array, weight: GptqWeight) -> Array:
+    """tr(E^T H E) / tr(W^T H W) on some columns of what will be stored."""
+    columns = jnp.linspace(0, W.shape[1] - 1, min(W.shape[1], _SAMPLE)).astype(jnp.int32)
+    some = dataclasses.replace(
+        weight,
+        qweight=weight.qweight[:, columns],
+        scales=weight.scales[:, columns],
+        qzeros=weight.qzeros[:, columns],
+        out_features=columns.shape[0],
+    )
+    w = W[:, columns]
+
+    def power(x):
+        return jnp.sum(x * jnp.matmul(H, x, precision=jax.lax.Precision.HIGHEST))
+
+    whole = power(w)
+    return jnp.where(whole > 0, power(w - dequantize(some)) / whole, 0.0)
+
+
+def _checked_weight(W: ArrayLike, where: str) -> Array:
+    W = jnp.asarray(W, jnp.float32)
+    if W.ndim != 2 or 0 in W.shape:
+        raise ShapeError(f"{where}W: expected [in_features, out_features], found shape {W.shape}")
+    bad = int(jnp.sum(~jnp.isfinite(W)))
+    if bad:
+        raise QuantizationError(f"{where}W: expected finite weights, found {bad} that are not")
+    return W
+
+
+def _checked_hessian(H: ArrayLike, count: int, where: str) -> Array:
+    H = jnp.asarray(H, jnp.float32)
+    if H.shape != (count, count):
+        raise ShapeError(
+            f"{where}H: expected shape ({count}, {count}) for W with {count} rows "
+            f"(in_features first), found {H.shape}"
+        )
+    bad, asymmetry, largest, smallest = map(float, _hessian_facts(H))
+    if bad:
+        raise QuantizationError(
+            f"{where}H: expected finite values, found {bad:.0f} that are not: the calibration "
+            f"activations overflow; run the model in float32 or bfloat16"
+        )
+    if smallest < 0:
+        raise QuantizationError(
+            f"{where}H: expected a positive semidefinite matrix, found {smallest:g} on its diagonal"
+        )
+    if asymmetry > _ASYMMETRY * largest:
+        raise QuantizationError(
+            f"{where}H: expected a symmetric matrix, found |H - H^T| up to {asymmetry:g} where the "
+            f"diagonal is at most {largest:g}"
+        )
+    return H
+
+
+@jax.jit
+def _hessian_facts(H: Array) -> tuple[Array, Array, Array, Array]:
+    """Non-finite elements, largest |H - H^T|, largest and smallest element of the diagonal."""
+    diagonal = jnp.diagonal(H)
+    return (
+        jnp.sum(~jnp.isfinite(H)),
+        jnp.max(jnp.abs(H - H.T)),
+        jnp.max(diagonal),
+        jnp.min(diagonal),
+    )
+
+
+def _checked_cross(cross: ArrayLike, count: int, where: str) -> Array:
+    cross = jnp.asarray(cross, jnp.float32)
+    if cross.shape != (count, count):
+        raise ShapeError(
+            f"{where}cross: expected the shape of H, ({count}, {count}), found {cross.shape}"
+        )
+    if not bool(jnp.isfinite(cross).all()):
+        raise QuantizationError(f"{where}cross: expected finite values")
+    return cross
+
+
+def _checked_spec(
+    where: str,
+    count: int,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    mse: float,
+    block_size: int,
+    static_groups: bool,
+    scale_dtype: DTypeLike,
+) -> Spec:
+    if bits not in range(2, 9):
+        raise BitsError(f"{where}bits: expected 2 to 8, found {bits!r}")
+    if group_size != -1 and group_size < 1:
+        raise ShapeError(f"{where}group_size: expected -1 or at least 1, found {group_size}")
+    if block_size < 1:
+        raise QuantizationError(f"{where}block_size: expected at least 1, found {block_size}")
+    if not (mse == 0 or 1 <= mse <= 8):
+        raise QuantizationError(f"{where}mse: expected 0 or an exponent from 1 to 8, found {mse}")
+    name = jnp.dtype(scale_dtype).name
+    if name not in SCALE_DTYPES:
+        raise QuantizationError(f"{where}scale_dtype: expected one of {SCALE_DTYPES}, found {name}")
+    # One group for all rows is a static one: nothing is updated before its grid is chosen.
+    one_group = group_size == -1 or group_size >= count
+    return Spec(
+        bits=bits,
+        group_size=count if one_group else group_size,
+        sym=sym,
+        mse=float(mse),
+        scale_dtype=name,
+        block_size=min(block_size, count),
+        static_groups=static_groups or one_group,
+    )
