@@ -35,12 +35,14 @@ template <class T>
 __device__ __forceinline__ void decode_load_x(const DecodeArguments& args, uint32_t x, int first,
                                               int last) {
   const Problem& p = args.problem;
-  const int pieces = (last - first) * (kStepK / 8);
+  const int pieces = args.x_pieces.value;
+  const int present = (last - first) * (kStepK / 8);
   const int pitch = decode_x_pitch(args.x_steps);
   const uint16_t* source = static_cast<const uint16_t*>(p.x);
   for (int i = threadIdx.x; i < p.m * pieces; i += kDecodeThreads) {
-    const int row = i / pieces;
+    const int row = args.x_pieces.divide(i);
     const int piece = i - row * pieces;
+    if (piece >= present) continue;
     const int k = first * kStepK + piece * 8;
     const uint16_t* from = source + static_cast<int64_t>(row) * p.k + k;
     uint4 value = make_uint4(0, 0, 0, 0);
@@ -60,25 +62,31 @@ __device__ __forceinline__ void decode_load_x(const DecodeArguments& args, uint3
   }
 }
 
-// Rows [row, row + rows) of the block's column tile: adds up the splits of the cluster in rank
-// order and writes y.
+// This block's share of the output features of a column tile: adds up the sums of the cluster's
+// blocks in rank order and writes y.
 template <class T>
 __device__ __forceinline__ void decode_write_cluster(const DecodeArguments& args, uint32_t sums,
                                                      int column, int split) {
   const Problem& p = args.problem;
-  const int rows = args.tiles * kTileN / args.splits;
-  const int pitch = sum_pitch(args.tiles);
+  const int splits = 1 << args.splits_log2;
+  const int rows_log2 = args.tiles_log2 + 6 - args.splits_log2;
+  const int pitch = sum_pitch(1 << args.tiles_log2);
   uint16_t* y = static_cast<uint16_t*>(p.y);
-  for (int i = threadIdx.x; i < rows * p.m; i += kDecodeThreads) {
-    const int row = i / rows;
-    const int local = split * rows + i - row * rows;
-    const int n = column * args.tiles * kTileN + local;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.m << rows_log2; i += kDecodeThreads) {
+    const int row = i >> rows_log2;
+    const int local = (split << rows_log2) + i - (row << rows_log2);
+    const int n = (column << (args.tiles_log2 + 6)) + local;
     if (n >= p.n) continue;
     const uint32_t address = sums + (row * pitch + local) * 4;
-    float sum = ld_cluster<float>(cluster_map(address, 0));
-    for (int other = 1; other < args.splits; ++other) {
-      sum += ld_cluster<float>(cluster_map(address, other));
+    float part[kMaxClusterSplits];
+#pragma unroll
+    for (int rank = 0; rank < kMaxClusterSplits; ++rank) {
+      part[rank] = rank < splits ? ld_cluster<float>(cluster_map(address, rank)) : 0.0f;
     }
+    float sum = part[0];
+#pragma unroll
+    for (int rank = 1; rank < kMaxClusterSplits; ++rank) sum += part[rank];
     if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
     st_global(y + static_cast<int64_t>(row) * p.n + n, from_float<T>(sum));
   }
@@ -89,13 +97,16 @@ template <class T>
 __device__ __forceinline__ void decode_write_own(const DecodeArguments& args, uint32_t sums,
                                                  int column, int split) {
   const Problem& p = args.problem;
-  const int rows = args.tiles * kTileN;
+  const int rows_log2 = args.tiles_log2 + 6;
+  const int pitch = sum_pitch(1 << args.tiles_log2);
   const int padded_n = tiles_n(p.n) * kTileN;
   uint16_t* y = static_cast<uint16_t*>(p.y);
-  for (int i = threadIdx.x; i < rows * p.m; i += kDecodeThreads) {
-    const int row = i / rows;
-    const int n = column * rows + i - row * rows;
-    float sum = ld_shared<float>(sums + (row * sum_pitch(args.tiles) + i - row * rows) * 4);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.m << rows_log2; i += kDecodeThreads) {
+    const int row = i >> rows_log2;
+    const int local = i - (row << rows_log2);
+    const int n = (column << rows_log2) + local;
+    float sum = ld_shared<float>(sums + (row * pitch + local) * 4);
     if (args.reduction == Reduction::kWorkspace) {
       if (n < padded_n) {
         st_global(args.partial + (static_cast<int64_t>(split) * p.m + row) * padded_n + n, sum);
@@ -117,17 +128,18 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int half = warp % (2 * args.tiles);  // of the block's 2 * tiles half tiles
-  const int part = warp / (2 * args.tiles);
-  const int parts = kDecodeWarps / (2 * args.tiles);
-  const int cluster = blockIdx.x / args.splits;
-  const int clusters = gridDim.x / args.splits;
-  const int split = blockIdx.x % args.splits;
+  const int halves_log2 = args.tiles_log2 + 1;  // half tiles of the block
+  const int parts_log2 = kDecodeWarpsLog2 - halves_log2;
+  const int half = warp & ((1 << halves_log2) - 1);
+  const int part = warp >> halves_log2;
+  const int cluster = blockIdx.x >> args.splits_log2;
+  const int clusters = gridDim.x >> args.splits_log2;
+  const int split = blockIdx.x & ((1 << args.splits_log2) - 1);
 
   const int steps = steps_k(p.k);
-  const int first_step = static_cast<int64_t>(steps) * split / args.splits;
-  const int last_step = static_cast<int64_t>(steps) * (split + 1) / args.splits;
-  const int group_steps = p.group_size < p.k ? p.group_size / kStepK : steps;  // coarse groups
+  const int first_step = steps * split >> args.splits_log2;
+  const int last_step = steps * (split + 1) >> args.splits_log2;
+  const bool x_stays = args.x_steps >= last_step - first_step;
   const int scale_bytes = dtype_bytes(p.scale_type);
   const int padded_tiles = tiles_n(p.n);
 
@@ -139,12 +151,12 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   // ---- The stream of steps ----
   auto begin_run = [&](DecodeCursor& c) {
     const int count = min(args.x_steps, last_step - c.chunk);
-    c.step = c.chunk + count * part / parts;
-    c.end = c.chunk + count * (part + 1) / parts;
+    c.step = c.chunk + (count * part >> parts_log2);
+    c.end = c.chunk + (count * (part + 1) >> parts_log2);
     c.fresh = true;
     if (!kFine) {
-      c.group = c.step / group_steps;
-      c.left = group_steps - (c.step - c.group * group_steps);
+      c.group = args.group.divide(c.step);
+      c.left = args.group.value - (c.step - c.group * args.group.value);
     }
   };
   auto skip_empty = [&](DecodeCursor& c) {
@@ -162,14 +174,19 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     c.fresh = false;
     if (!kFine && --c.left == 0) {
       ++c.group;
-      c.left = group_steps;
+      c.left = args.group.value;
       c.fresh = true;
     }
   };
 
+  // With fine groups, the group of the i-th 16 input features of a step.
+  auto fine_group = [&](int step, int i) {
+    return min(args.group.divide(step * (kStepK / kFragmentK) + i), p.groups - 1);
+  };
+
   auto prefetch = [&](const DecodeCursor& c, int stage) {
     const uint32_t to = ring + stage * stage_bytes;
-    const int tile = c.column * args.tiles + half / 2;
+    const int tile = (c.column << args.tiles_log2) + half / 2;
     if (c.column < args.column_tiles && tile < padded_tiles) {
       const char* codes = static_cast<const char*>(p.codes) +
                           (static_cast<int64_t>(tile) * steps + c.step) * step_bytes(kBits) +
@@ -180,9 +197,8 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
         cp_async_16(to + i * 512 + lane * kLaneBytes, codes + i / 2 * kTileBytes + i % 2 * 512);
       }
       if (kFine || c.fresh) {
-        const int first = kFine ? c.step * kStepK / p.group_size : c.group;
-        const int last =
-            kFine ? min((c.step * kStepK + kStepK - 1) / p.group_size, p.groups - 1) : c.group;
+        const int first = kFine ? fine_group(c.step, 0) : c.group;
+        const int last = kFine ? fine_group(c.step, kStepK / kFragmentK - 1) : c.group;
         const int pieces = 2 * scale_bytes + 2;  // of 16 bytes, per group
         for (int i = lane; i < (last - first + 1) * pieces; i += 32) {
           const int row = i / pieces;
@@ -204,6 +220,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   ahead.chunk = first_step;
   begin_run(ahead);
   skip_empty(ahead);
+#pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
     prefetch(ahead, i);
     if (ahead.column < args.column_tiles) {
@@ -274,12 +291,13 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     zero[i] = 0;
   }
 
-  for (int column = cluster; column < args.column_tiles; column += clusters) {
+  for (int column = cluster;; column += clusters) {
+    const bool done = column >= args.column_tiles;
+    const bool real_tile = (column << args.tiles_log2) + half / 2 < padded_tiles;
     clear(total);
-    const bool real_tile = column * args.tiles + half / 2 < padded_tiles;
-    for (int chunk = first_step; chunk < last_step; chunk += args.x_steps) {
-      if (column == cluster || args.x_steps < last_step - first_step) {
-        block_sync();  // The previous chunk has been read.
+    for (int chunk = done ? last_step : first_step; chunk < last_step; chunk += args.x_steps) {
+      if (column == cluster || !x_stays) {
+        if (!x_stays) block_sync();  // The previous chunk has been read.
         decode_load_x<T>(args, x, chunk, min(chunk + args.x_steps, last_step));
         block_sync();
       }
@@ -310,12 +328,11 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {  // steps of 16 along k
             if (kFine) {
-              const int at = now.step * kStepK + j * kFragmentK;
-              const int next = min(at / p.group_size, p.groups - 1);
+              const int next = fine_group(now.step, j);
               if (next != group) {
                 if (group >= 0) end_group();
                 group = next;
-                const int first = now.step * kStepK / p.group_size;
+                const int first = fine_group(now.step, 0);
                 load_parameters(from + kCodeBytes + (group - first) * parameter_bytes);
               }
             }
@@ -348,14 +365,15 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     }
 
     // ---- Sums of the block ----
-    const uint32_t sums = shared_base() + args.sums + buffer * p.m * sum_pitch(args.tiles) * 4;
+    const int sums_bytes = p.m * sum_pitch(1 << args.tiles_log2) * 4;
+    const uint32_t sums = shared_base() + args.sums + buffer * sums_bytes;
     const uint32_t later = shared_base() + args.later;
     if (pending >= 0) {
       cluster_wait();
-      decode_write_cluster<T>(
-          args, shared_base() + args.sums + (buffer ^ 1) * p.m * sum_pitch(args.tiles) * 4, pending,
-          split);
+      decode_write_cluster<T>(args, shared_base() + args.sums + (buffer ^ 1) * sums_bytes, pending,
+                              split);
     }
+    if (done) break;
     // A lane's sums: rows lane / 4 (+ 8) of two fragments, columns 2 (lane % 4) (+ 1).
     auto for_each_sum = [&](auto&& use) {
 #pragma unroll
@@ -366,25 +384,25 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
           for (int i = 0; i < 4; ++i) {
             const int n = half * 32 + f * 16 + lane / 4 + i / 2 * 8;
             const int m = r * 8 + lane % 4 * 2 + i % 2;
-            if (m < p.m) use(total[f][r][i], (m * sum_pitch(args.tiles) + n) * 4);
+            if (m < p.m) use(total[f][r][i], (m * sum_pitch(1 << args.tiles_log2) + n) * 4);
           }
         }
       }
     };
-    const int later_bytes = p.m * sum_pitch(args.tiles) * 4;
     if (part > 0) {
       for_each_sum([&](float value, int offset) {
-        st_shared(later + (part - 1) * later_bytes + offset, value);
+        st_shared(later + (part - 1) * sums_bytes + offset, value);
       });
     }
-    if (parts > 1) block_sync();
+    if (parts_log2 > 0) block_sync();
     if (part == 0) {
-      for_each_sum([&](float& value, int offset) {
-        for (int other = 0; other < parts - 1; ++other) {
-          value += ld_shared<float>(later + other * later_bytes + offset);
-        }
-        st_shared(sums + offset, value);
-      });
+#pragma unroll 1
+      for (int other = 0; other < (1 << parts_log2) - 1; ++other) {
+        for_each_sum([&](float& value, int offset) {
+          value += ld_shared<float>(later + other * sums_bytes + offset);
+        });
+      }
+      for_each_sum([&](float value, int offset) { st_shared(sums + offset, value); });
     }
     if (args.reduction == Reduction::kCluster) {
       cluster_arrive();
@@ -396,12 +414,6 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     buffer ^= 1;
   }
   if (args.reduction == Reduction::kCluster) {
-    if (pending >= 0) {
-      cluster_wait();
-      decode_write_cluster<T>(
-          args, shared_base() + args.sums + (buffer ^ 1) * p.m * sum_pitch(args.tiles) * 4, pending,
-          split);
-    }
     // A block stays until the others have read its sums.
     cluster_arrive();
     cluster_wait();

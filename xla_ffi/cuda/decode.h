@@ -5,7 +5,8 @@
 
 namespace jax_gptq::cuda {
 
-constexpr int kDecodeWarps = 16;
+constexpr int kDecodeWarpsLog2 = 4;
+constexpr int kDecodeWarps = 1 << kDecodeWarpsLog2;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
 
 // Bytes, for one group, of the scales and zero points of the 32 output features of a warp.
@@ -40,26 +41,39 @@ struct DecodeShared {
         size(x + p.m * decode_x_pitch(x_steps)) {}
 };
 
+// Tiles per block and splits of K are powers of two.
 struct DecodeArguments {
   Problem problem;
   Reduction reduction;
-  int tiles;         // of 64 output features per block
-  int column_tiles;  // ceil(tiles_n(n) / tiles)
-  int splits;
+  int tiles_log2;  // of 64 output features per block
+  int splits_log2;
+  int column_tiles;    // ceil(tiles_n(n) / tiles)
   int x_steps;         // steps of x in shared memory at once
+  Divisor x_pieces;    // pieces of 16 bytes in a row of these
+  Divisor group;       // steps of 64 per group, or with fine groups steps of 16
   int sums, later, x;  // DecodeShared
   float* partial;      // [splits][m][64 tiles_n(n)], with Reduction::kWorkspace
 };
 
+constexpr int log2_of(int power) {
+  int log2 = 0;
+  while (1 << log2 < power) ++log2;
+  return log2;
+}
+
 inline DecodeArguments decode_arguments(const Problem& problem, const Plan& plan, void* workspace) {
   const DecodeShared shared(problem, plan.tiles, plan.x_steps, plan.deep);
+  const int group =
+      problem.group_size < problem.k ? problem.group_size : kStepK * steps_k(problem.k);
   DecodeArguments args = {};
   args.problem = problem;
   args.reduction = plan.reduction;
-  args.tiles = plan.tiles;
+  args.tiles_log2 = log2_of(plan.tiles);
+  args.splits_log2 = log2_of(plan.splits);
   args.column_tiles = ceil_div(tiles_n(problem.n), plan.tiles);
-  args.splits = plan.splits;
   args.x_steps = plan.x_steps;
+  args.x_pieces = Divisor(plan.x_steps * (kStepK / 8));
+  args.group = Divisor(group / (fine_groups(problem) ? kFragmentK : kStepK));
   args.sums = shared.sums;
   args.later = shared.later;
   args.x = shared.x;

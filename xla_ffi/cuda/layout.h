@@ -57,6 +57,19 @@ constexpr int dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Division by a number that the host knows, as one multiplication: exact while a * value < 2^32.
+struct Divisor {
+  uint32_t value = 1, magic = 0;
+
+  Divisor() = default;
+  explicit constexpr Divisor(int v)
+      : value(v), magic(v == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / v + 1)) {}
+
+  constexpr int divide(int a) const {
+    return value == 1 ? a : static_cast<int>((static_cast<uint64_t>(a) * magic) >> 32);
+  }
+};
+
 // Width in which codes of `bits` bits (2, 3, 4 or 8) are held.
 constexpr int held_bits(int bits) { return bits <= 4 ? 4 : 8; }
 

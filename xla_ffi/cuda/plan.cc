@@ -17,7 +17,6 @@ constexpr double kSumsTime = 150.0;
 constexpr double kClusterTime = 400.0;
 constexpr double kKernelTime = 2000.0;
 
-constexpr int kMaxClusterSplits = 8;  // the portable size of a cluster
 constexpr int kMaxWorkspaceSplits = 16;
 
 // Groups of `size` blocks, one block per multiprocessor, that are resident at once. A cluster lies

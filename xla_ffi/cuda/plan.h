@@ -11,6 +11,9 @@ namespace jax_gptq::cuda {
 // The most rows of x that the decode kernel takes.
 constexpr int kDecodeRows = 16;
 
+// The most parts of K that a cluster adds up: the portable size of a cluster.
+constexpr int kMaxClusterSplits = 8;
+
 // Bytes of the workspace that every matmul call passes, for every shape and architecture: a plan
 // splits K only so far that the partial sums fit.
 constexpr int64_t kWorkspaceBytes = 8 << 20;
