@@ -393,7 +393,7 @@ def test_opening_reads_headers_only(tmp_path):
     folder = write_checkpoint(tmp_path, {NAME: gptq_tensors(raw)}, gptq_config(sym=True))
     checkpoint = jax_gptq.open_checkpoint(folder)
     assert checkpoint.quantized_modules() == [NAME]
-    assert not checkpoint._files._maps
+    assert not checkpoint.files._maps
     scales = checkpoint.tensor(f"{NAME}.scales")
     assert not scales.flags.writeable
     assert not scales.flags.owndata

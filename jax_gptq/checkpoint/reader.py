@@ -30,20 +30,21 @@ class Checkpoint:
       path: the folder or file.
       hf_config: `config.json` of the folder, or {}.
       config: the quantization configuration, or None for a float checkpoint.
+      files: the tensors of its files.
     """
 
     def __init__(self, path: str | Path):
         """See `open_checkpoint`."""
         self.path = Path(path)
-        self._files = open_files(self.path)
+        self.files = open_files(self.path)
         single = self.path.is_file()
         folder = self.path.parent if single else self.path
         hf_config = folder / "config.json"
         self.hf_config: dict[str, Any] = read_json(hf_config) if hf_config.exists() else {}
         self.config: QuantConfig | None = find_config(
-            folder, self.hf_config, self._files.metadata, metadata_first=single
+            folder, self.hf_config, self.files.metadata, metadata_first=single
         )
-        packed = [name for name in self._files if name.rpartition(".")[2] in ("qweight", "B")]
+        packed = [name for name in self.files if name.rpartition(".")[2] in ("qweight", "B")]
         if self.config is None and packed:
             raise ConfigError(
                 f"{self.path}: {packed[0]}: expected a quantization configuration beside packed "
@@ -54,18 +55,18 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Names of all tensors, of every shard."""
-        return list(self._files)
+        return list(self.files)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self.files
 
     def info(self, name: str) -> TensorInfo:
         """File, dtype, shape and byte range of a tensor, from its header."""
-        return self._files.info(name)
+        return self.files.info(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from its header."""
-        return self._files.info(name).shape
+        return self.files.info(name).shape
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as a read-only view of the mapped file (bfloat16 through `ml_dtypes`).
@@ -73,7 +74,7 @@ class Checkpoint:
         Raises:
           MissingTensorError: no file holds it.
         """
-        return self._files.tensor(name)
+        return self.files.tensor(name)
 
     def quantized_modules(self) -> list[str]:
         """Names of the quantized modules, from the headers, in natural order ("2" before "10")."""
@@ -84,7 +85,7 @@ class Checkpoint:
         if self.config is None:
             return {}
         markers = _READERS[self.config.quant_method].MARKERS
-        found = {n.rpartition(".")[0] for n in self._files if n.rpartition(".")[2] in markers}
+        found = {n.rpartition(".")[0] for n in self.files if n.rpartition(".")[2] in markers}
         return dict.fromkeys(sorted(found, key=_natural))
 
     def weight(self, module: str) -> GptqWeight:
@@ -101,7 +102,7 @@ class Checkpoint:
                 f"it; quantized_modules() lists those there are"
             )
         assert self.config is not None  # it has quantized modules
-        tensors = ModuleTensors(self._files, module)
+        tensors = ModuleTensors(self.files, module)
         return _READERS[self.config.quant_method].read(tensors, self.config.module(module))
 
     def bias(self, module: str) -> np.ndarray | None:
@@ -112,7 +113,7 @@ class Checkpoint:
         Raises:
           CorruptFileError: it holds a NaN or an infinity.
         """
-        tensors = ModuleTensors(self._files, module)
+        tensors = ModuleTensors(self.files, module)
         if "bias" not in tensors:
             return None
         bias = tensors.get("bias")
@@ -128,7 +129,7 @@ class Checkpoint:
         weight, bias = self.weight(module), self.bias(module)
         if bias is not None and bias.shape != (weight.out_features,):
             raise ShapeError(
-                f"{ModuleTensors(self._files, module).where('bias')}: expected shape "
+                f"{ModuleTensors(self.files, module).where('bias')}: expected shape "
                 f"({weight.out_features},), found {bias.shape}; the tensors do not belong together"
             )
         return GptqLinear.from_weight(weight, bias, layout=layout)
