@@ -11,21 +11,25 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode(DecodeArguments args
 
 using DecodeKernel = void (*)(DecodeArguments);
 
-template <class T, int kBits, bool kFine, bool kDeep>
+template <class T, int kBits, bool kFine, int kStages>
 DecodeKernel choose(int m) {
-  constexpr int kStages = decode_stages(kBits, kDeep);
   return m <= 8 ? decode<T, kBits, 8, kFine, kStages> : decode<T, kBits, 16, kFine, kStages>;
 }
 
+template <class T, int kBits, bool kFine>
+DecodeKernel choose(int m, int stages) {
+  return stages == kDeepStages<kBits> ? choose<T, kBits, kFine, kDeepStages<kBits>>(m)
+                                      : choose<T, kBits, kFine, kShallowStages>(m);
+}
+
 template <class T, int kBits>
-DecodeKernel choose(int m, bool fine, bool deep) {
-  if (fine) return deep ? choose<T, kBits, true, true>(m) : choose<T, kBits, true, false>(m);
-  return deep ? choose<T, kBits, false, true>(m) : choose<T, kBits, false, false>(m);
+DecodeKernel choose(int m, bool fine, int stages) {
+  return fine ? choose<T, kBits, true>(m, stages) : choose<T, kBits, false>(m, stages);
 }
 
 template <class T>
-DecodeKernel choose(int m, int bits, bool fine, bool deep) {
-  return bits == 4 ? choose<T, 4>(m, fine, deep) : choose<T, 8>(m, fine, deep);
+DecodeKernel choose(int m, int bits, bool fine, int stages) {
+  return bits == 4 ? choose<T, 4>(m, fine, stages) : choose<T, 8>(m, fine, stages);
 }
 
 }  // namespace
@@ -34,8 +38,8 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, void* worksp
                           cudaStream_t stream) {
   const bool fine = fine_groups(problem);
   const DecodeKernel kernel = problem.type == Dtype::kF16
-                                  ? choose<F16>(problem.m, problem.bits, fine, plan.deep)
-                                  : choose<Bf16>(problem.m, problem.bits, fine, plan.deep);
+                                  ? choose<F16>(problem.m, problem.bits, fine, plan.stages)
+                                  : choose<Bf16>(problem.m, problem.bits, fine, plan.stages);
   Grid grid = {};
   grid.grid = dim3(plan.grid);
   grid.threads = kDecodeThreads;

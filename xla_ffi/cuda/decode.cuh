@@ -1,14 +1,14 @@
 // Kernel A, decode: y [m, n] = x [m, k] W [k, n] for m <= 16, limited by reading the weight.
 //
-// A block holds `tiles` tiles of 64 output features at once and a part of K (its split). Its 16
-// warps take half a tile (32 output features) each, and share K among those that are left:
+// A warp takes a strip of 32 output features (half a tile). A block of 16 warps holds 1, 2, 4 or 8
+// strips at once and a part of K (its split); the warps share its K among those of the same strip:
 //
-//      tiles 4:  8 half tiles x 2 parts of K      tiles 2:  4 x 4      tiles 1:  2 x 8
+//      strips 8: 2 parts of K     strips 4: 4 parts     strips 2: 8 parts     strips 1: 16 parts
 //
 // Weights stream through a ring of kStages steps of 64 along K per warp, private to the warp: a
 // lane copies the very 16 bytes that it will use, so there is no block barrier in the main loop,
-// and 16 warps x kStages x 1 KB are under way per SM. The stream runs on over the output tiles of a
-// block: blocks stay and walk over tiles of 64 * tiles output features, while the part of x for
+// and 16 warps x kStages x 1 KB are under way per SM. The stream runs on over the columns of a
+// block: blocks stay and walk over columns of 32 * strips output features, while the part of x for
 // their split rests in shared memory (x is loaded again only where it does not fit at once).
 //
 // The tensor cores multiply the exact integers q - z; at the end of a group the scale applies to
@@ -21,10 +21,10 @@
 
 namespace jax_gptq::cuda {
 
-// Where a warp is in its stream of steps: over column tiles, over chunks of x, over its steps.
+// Where a warp is in its stream of steps: over columns, over chunks of x, over its steps.
 struct DecodeCursor {
-  int column;  // column tile
-  int chunk;   // first step of the chunk of x
+  int column;
+  int chunk;  // first step of the chunk of x
   int step, end;
   int group, left;  // group of `step`, and steps left in it (coarse groups)
   bool fresh;       // the group's parameters are needed: first step of a run, or of a group
@@ -62,21 +62,60 @@ __device__ __forceinline__ void decode_load_x(const DecodeArguments& args, uint3
   }
 }
 
-// This block's share of the output features of a column tile: adds up the sums of the cluster's
-// blocks in rank order and writes y.
+// y [row, n] from the sum over all of K.
 template <class T>
-__device__ __forceinline__ void decode_write_cluster(const DecodeArguments& args, uint32_t sums,
-                                                     int column, int split) {
+__device__ __forceinline__ void decode_write(const Problem& p, int row, int n, float sum) {
+  if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
+  st_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(row) * p.n + n, from_float<T>(sum));
+}
+
+// Adds up the sums of the parts of K, in order; then writes y, or this split's partial sums, or
+// leaves them for the cluster.
+template <class T>
+__device__ __forceinline__ void decode_add_parts(const DecodeArguments& args, uint32_t parts,
+                                                 uint32_t sums, int column, int split) {
+  const Problem& p = args.problem;
+  const int rows_log2 = args.strips_log2 + kStripLog2;
+  const int pitch = sum_pitch(1 << args.strips_log2);
+  const int count = kDecodeWarps >> args.strips_log2;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.m << rows_log2; i += kDecodeThreads) {
+    const int row = i >> rows_log2;
+    const int local = i - (row << rows_log2);
+    const int n = (column << rows_log2) + local;
+    const int offset = (row * pitch + local) * 4;
+    float sum = ld_shared<float>(parts + offset);
+#pragma unroll 4
+    for (int part = 1; part < count; ++part) {
+      sum += ld_shared<float>(parts + part * p.m * pitch * 4 + offset);
+    }
+    if (args.reduction == Reduction::kCluster) {
+      st_shared(sums + offset, sum);
+    } else if (n < p.n) {
+      if (args.reduction == Reduction::kWorkspace) {
+        const int64_t at = (static_cast<int64_t>(split) * p.m + row) * tiles_n(p.n) * kTileN + n;
+        st_global(args.partial + at, sum);
+      } else {
+        decode_write<T>(p, row, n, sum);
+      }
+    }
+  }
+}
+
+// This block's share of the output features of a column: adds up the sums of the cluster's blocks,
+// in rank order, and writes y.
+template <class T>
+__device__ __forceinline__ void decode_add_cluster(const DecodeArguments& args, uint32_t sums,
+                                                   int column, int split) {
   const Problem& p = args.problem;
   const int splits = 1 << args.splits_log2;
-  const int rows_log2 = args.tiles_log2 + 6 - args.splits_log2;
-  const int pitch = sum_pitch(1 << args.tiles_log2);
-  uint16_t* y = static_cast<uint16_t*>(p.y);
+  const int rows_log2 = args.strips_log2 + kStripLog2 - args.splits_log2;
+  const int pitch = sum_pitch(1 << args.strips_log2);
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.m << rows_log2; i += kDecodeThreads) {
     const int row = i >> rows_log2;
     const int local = (split << rows_log2) + i - (row << rows_log2);
-    const int n = (column << (args.tiles_log2 + 6)) + local;
+    const int n = (column << (args.strips_log2 + kStripLog2)) + local;
     if (n >= p.n) continue;
     const uint32_t address = sums + (row * pitch + local) * 4;
     float part[kMaxClusterSplits];
@@ -87,34 +126,7 @@ __device__ __forceinline__ void decode_write_cluster(const DecodeArguments& args
     float sum = part[0];
 #pragma unroll
     for (int rank = 1; rank < kMaxClusterSplits; ++rank) sum += part[rank];
-    if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
-    st_global(y + static_cast<int64_t>(row) * p.n + n, from_float<T>(sum));
-  }
-}
-
-// The block's own sums: y itself where K is not split, else this split's partial sums.
-template <class T>
-__device__ __forceinline__ void decode_write_own(const DecodeArguments& args, uint32_t sums,
-                                                 int column, int split) {
-  const Problem& p = args.problem;
-  const int rows_log2 = args.tiles_log2 + 6;
-  const int pitch = sum_pitch(1 << args.tiles_log2);
-  const int padded_n = tiles_n(p.n) * kTileN;
-  uint16_t* y = static_cast<uint16_t*>(p.y);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < p.m << rows_log2; i += kDecodeThreads) {
-    const int row = i >> rows_log2;
-    const int local = i - (row << rows_log2);
-    const int n = (column << rows_log2) + local;
-    float sum = ld_shared<float>(sums + (row * pitch + local) * 4);
-    if (args.reduction == Reduction::kWorkspace) {
-      if (n < padded_n) {
-        st_global(args.partial + (static_cast<int64_t>(split) * p.m + row) * padded_n + n, sum);
-      }
-    } else if (n < p.n) {
-      if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
-      st_global(y + static_cast<int64_t>(row) * p.n + n, from_float<T>(sum));
-    }
+    decode_write<T>(p, row, n, sum);
   }
 }
 
@@ -128,10 +140,9 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int halves_log2 = args.tiles_log2 + 1;  // half tiles of the block
-  const int parts_log2 = kDecodeWarpsLog2 - halves_log2;
-  const int half = warp & ((1 << halves_log2) - 1);
-  const int part = warp >> halves_log2;
+  const int parts_log2 = kDecodeWarpsLog2 - args.strips_log2;
+  const int strip = warp & ((1 << args.strips_log2) - 1);
+  const int part = warp >> args.strips_log2;
   const int cluster = blockIdx.x >> args.splits_log2;
   const int clusters = gridDim.x >> args.splits_log2;
   const int split = blockIdx.x & ((1 << args.splits_log2) - 1);
@@ -141,7 +152,6 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   const int last_step = steps * (split + 1) >> args.splits_log2;
   const bool x_stays = args.x_steps >= last_step - first_step;
   const int scale_bytes = dtype_bytes(p.scale_type);
-  const int padded_tiles = tiles_n(p.n);
 
   const int parameter_bytes = decode_parameter_bytes(p);
   const int stage_bytes = decode_stage_bytes(p);
@@ -160,7 +170,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     }
   };
   auto skip_empty = [&](DecodeCursor& c) {
-    while (c.step == c.end && c.column < args.column_tiles) {
+    while (c.step == c.end && c.column < args.columns) {
       c.chunk += args.x_steps;
       if (c.chunk >= last_step) {
         c.chunk = first_step;
@@ -186,11 +196,11 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 
   auto prefetch = [&](const DecodeCursor& c, int stage) {
     const uint32_t to = ring + stage * stage_bytes;
-    const int tile = (c.column << args.tiles_log2) + half / 2;
-    if (c.column < args.column_tiles && tile < padded_tiles) {
+    const int n = ((c.column << args.strips_log2) + strip) * kStripN;
+    if (c.column < args.columns && n < p.n) {
       const char* codes = static_cast<const char*>(p.codes) +
-                          (static_cast<int64_t>(tile) * steps + c.step) * step_bytes(kBits) +
-                          half % 2 * 1024 + lane * kLaneBytes;
+                          (static_cast<int64_t>(n / kTileN) * steps + c.step) * step_bytes(kBits) +
+                          n % kTileN / kFragmentN * 512 + lane * kLaneBytes;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         // At 8 bits a step is two tiles of 32 along K.
@@ -203,7 +213,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
         for (int i = lane; i < (last - first + 1) * pieces; i += 32) {
           const int row = i / pieces;
           const int piece = i - row * pieces;
-          const int64_t at = parameter_index(p.groups, first + row, tile * kTileN + half % 2 * 32);
+          const int64_t at = parameter_index(p.groups, first + row, n);
           const bool is_scale = piece < 2 * scale_bytes;
           const char* from =
               is_scale ? static_cast<const char*>(p.scales) + at * scale_bytes + piece * 16
@@ -223,7 +233,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
     prefetch(ahead, i);
-    if (ahead.column < args.column_tiles) {
+    if (ahead.column < args.columns) {
       advance(ahead);
       skip_empty(ahead);
     }
@@ -237,7 +247,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 
   float total[2][kRight][4];
   float sum[2][kRight][4];
-  float scale[4];  // of rows lane / 4 + 8 i of the half tile
+  float scale[4];  // of rows lane / 4 + 8 i of the strip
   uint32_t zero[4];
 
   auto clear = [](float (&values)[2][kRight][4]) {
@@ -277,13 +287,13 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   auto refill = [&] {
     warp_sync();  // Every lane has read the stage.
     prefetch(ahead, stage);
-    if (ahead.column < args.column_tiles) {
+    if (ahead.column < args.columns) {
       advance(ahead);
       skip_empty(ahead);
     }
   };
   int buffer = 0;
-  int pending = -1;  // column tile whose sums the cluster has yet to add
+  int pending = -1;  // column whose sums the cluster has yet to add
   clear(sum);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -292,8 +302,8 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   }
 
   for (int column = cluster;; column += clusters) {
-    const bool done = column >= args.column_tiles;
-    const bool real_tile = (column << args.tiles_log2) + half / 2 < padded_tiles;
+    const bool done = column >= args.columns;
+    const bool real = ((column << args.strips_log2) + strip) * kStripN < p.n;
     clear(total);
     for (int chunk = done ? last_step : first_step; chunk < last_step; chunk += args.x_steps) {
       if (column == cluster || !x_stays) {
@@ -310,7 +320,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
         warp_sync();
         const uint32_t from = ring + stage * stage_bytes;
         uint32_t words[kLoads][4];
-        if (real_tile) {
+        if (real) {
 #pragma unroll
           for (int i = 0; i < kLoads; ++i) {
             const uint4 v = ld_shared<uint4>(from + i * 512 + lane * kLaneBytes);
@@ -322,7 +332,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
           if (!kFine && now.fresh) load_parameters(from + kCodeBytes);
         }
         if (!kFine) refill();
-        if (real_tile) {
+        if (real) {
           const uint32_t x_step = x_lane + (now.step - chunk) * kStepK * 2;
           uint32_t right[4];
 #pragma unroll
@@ -365,51 +375,33 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     }
 
     // ---- Sums of the block ----
-    const int sums_bytes = p.m * sum_pitch(1 << args.tiles_log2) * 4;
-    const uint32_t sums = shared_base() + args.sums + buffer * sums_bytes;
-    const uint32_t later = shared_base() + args.later;
+    const int pitch = sum_pitch(1 << args.strips_log2);
+    const uint32_t parts = shared_base() + args.parts;
+    const uint32_t sums = shared_base() + args.sums;
     if (pending >= 0) {
       cluster_wait();
-      decode_write_cluster<T>(args, shared_base() + args.sums + (buffer ^ 1) * sums_bytes, pending,
-                              split);
+      decode_add_cluster<T>(args, sums + (buffer ^ 1) * p.m * pitch * 4, pending, split);
     }
     if (done) break;
+    if (column != cluster) block_sync();  // The parts' sums of the column before have been read.
     // A lane's sums: rows lane / 4 (+ 8) of two fragments, columns 2 (lane % 4) (+ 1).
-    auto for_each_sum = [&](auto&& use) {
 #pragma unroll
-      for (int f = 0; f < 2; ++f) {
+    for (int f = 0; f < 2; ++f) {
 #pragma unroll
-        for (int r = 0; r < kRight; ++r) {
+      for (int r = 0; r < kRight; ++r) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int n = half * 32 + f * 16 + lane / 4 + i / 2 * 8;
-            const int m = r * 8 + lane % 4 * 2 + i % 2;
-            if (m < p.m) use(total[f][r][i], (m * sum_pitch(1 << args.tiles_log2) + n) * 4);
-          }
+        for (int i = 0; i < 4; ++i) {
+          const int n = strip * kStripN + f * kFragmentN + lane / 4 + i / 2 * 8;
+          const int m = r * 8 + lane % 4 * 2 + i % 2;
+          if (m < p.m) st_shared(parts + ((part * p.m + m) * pitch + n) * 4, total[f][r][i]);
         }
       }
-    };
-    if (part > 0) {
-      for_each_sum([&](float value, int offset) {
-        st_shared(later + (part - 1) * sums_bytes + offset, value);
-      });
     }
-    if (parts_log2 > 0) block_sync();
-    if (part == 0) {
-#pragma unroll 1
-      for (int other = 0; other < (1 << parts_log2) - 1; ++other) {
-        for_each_sum([&](float& value, int offset) {
-          value += ld_shared<float>(later + other * sums_bytes + offset);
-        });
-      }
-      for_each_sum([&](float value, int offset) { st_shared(sums + offset, value); });
-    }
+    block_sync();
+    decode_add_parts<T>(args, parts, sums + buffer * p.m * pitch * 4, column, split);
     if (args.reduction == Reduction::kCluster) {
       cluster_arrive();
       pending = column;
-    } else {
-      block_sync();
-      decode_write_own<T>(args, sums, column, split);
     }
     buffer ^= 1;
   }

@@ -8,6 +8,14 @@ namespace jax_gptq::cuda {
 constexpr int kDecodeWarpsLog2 = 4;
 constexpr int kDecodeWarps = 1 << kDecodeWarpsLog2;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
+constexpr int kStripLog2 = 5;
+constexpr int kStripN = 1 << kStripLog2;  // output features of a warp: half a tile
+
+// Stages of a warp's ring: as many as keep 64 KB or more under way per multiprocessor, or where
+// shared memory is short.
+template <int kBits>
+constexpr int kDeepStages = kBits == 4 ? 4 : 3;
+constexpr int kShallowStages = 2;
 
 // Bytes, for one group, of the scales and zero points of the 32 output features of a warp.
 constexpr int decode_parameter_bytes(const Problem& p) {
@@ -20,38 +28,36 @@ constexpr int decode_stage_bytes(const Problem& p) {
   return step_bytes(p.bits) / 2 + groups_per_step(p) * decode_parameter_bytes(p);
 }
 
-constexpr int decode_stages(int bits, bool deep) { return !deep ? 2 : bits == 4 ? 4 : 3; }
-
 // Words between rows of the blocks of sums: 4 modulo 32, so that a warp writes without conflicts.
-constexpr int sum_pitch(int tiles) { return tiles * kTileN + 4; }
+constexpr int sum_pitch(int strips) { return strips * kStripN + 4; }
 
 // Bytes between rows of x in shared memory: 16 modulo 128, so that ldmatrix reads without
 // conflicts.
 constexpr int decode_x_pitch(int x_steps) { return x_steps * kStepK * 2 + 16; }
 
-// Shared memory: the rings, the sums of the block (twice: one is read by the cluster while the next
-// is written), the sums of the warps with later parts of K, and x.
+// Shared memory: the rings, the sums of each part of the warps' K, the sums of the block (twice:
+// one is read by the cluster while the next is written), and x.
 struct DecodeShared {
-  int sums, later, x, size;
+  int parts, sums, x, size;
 
-  constexpr DecodeShared(const Problem& p, int tiles, int x_steps, bool deep)
-      : sums(kDecodeWarps * decode_stages(p.bits, deep) * decode_stage_bytes(p)),
-        later(sums + 2 * p.m * sum_pitch(tiles) * 4),
-        x(later + (kDecodeWarps / (2 * tiles) - 1) * p.m * sum_pitch(tiles) * 4),
+  constexpr DecodeShared(const Problem& p, int strips, int x_steps, int stages)
+      : parts(kDecodeWarps * stages * decode_stage_bytes(p)),
+        sums(parts + kDecodeWarps / strips * p.m * sum_pitch(strips) * 4),
+        x(sums + 2 * p.m * sum_pitch(strips) * 4),
         size(x + p.m * decode_x_pitch(x_steps)) {}
 };
 
-// Tiles per block and splits of K are powers of two.
+// Strips per block and splits of K are powers of two.
 struct DecodeArguments {
   Problem problem;
   Reduction reduction;
-  int tiles_log2;  // of 64 output features per block
+  int strips_log2;  // strips of 32 output features per block
   int splits_log2;
-  int column_tiles;    // ceil(tiles_n(n) / tiles)
+  int columns;         // ceil(ceil(n / 32) / strips): what a block walks over
   int x_steps;         // steps of x in shared memory at once
   Divisor x_pieces;    // pieces of 16 bytes in a row of these
   Divisor group;       // steps of 64 per group, or with fine groups steps of 16
-  int sums, later, x;  // DecodeShared
+  int parts, sums, x;  // DecodeShared
   float* partial;      // [splits][m][64 tiles_n(n)], with Reduction::kWorkspace
 };
 
@@ -61,21 +67,25 @@ constexpr int log2_of(int power) {
   return log2;
 }
 
+constexpr int decode_columns(const Problem& p, int strips) {
+  return ceil_div(p.n, strips * kStripN);
+}
+
 inline DecodeArguments decode_arguments(const Problem& problem, const Plan& plan, void* workspace) {
-  const DecodeShared shared(problem, plan.tiles, plan.x_steps, plan.deep);
+  const DecodeShared shared(problem, plan.strips, plan.x_steps, plan.stages);
   const int group =
       problem.group_size < problem.k ? problem.group_size : kStepK * steps_k(problem.k);
   DecodeArguments args = {};
   args.problem = problem;
   args.reduction = plan.reduction;
-  args.tiles_log2 = log2_of(plan.tiles);
+  args.strips_log2 = log2_of(plan.strips);
   args.splits_log2 = log2_of(plan.splits);
-  args.column_tiles = ceil_div(tiles_n(problem.n), plan.tiles);
+  args.columns = decode_columns(problem, plan.strips);
   args.x_steps = plan.x_steps;
   args.x_pieces = Divisor(plan.x_steps * (kStepK / 8));
   args.group = Divisor(group / (fine_groups(problem) ? kFragmentK : kStepK));
+  args.parts = shared.parts;
   args.sums = shared.sums;
-  args.later = shared.later;
   args.x = shared.x;
   args.partial = static_cast<float*>(workspace);
   return args;

@@ -19,10 +19,11 @@ constexpr double kKernelTime = 2000.0;
 
 constexpr int kMaxWorkspaceSplits = 16;
 
-// Groups of `size` blocks, one block per multiprocessor, that are resident at once. A cluster lies
-// within a processing cluster of 16 or 18 multiprocessors.
+// Groups of `size` blocks (1, 2, 4 or 8), one block per multiprocessor, that are resident at once.
+// A cluster lies within a processing cluster, whose numbers of multiprocessors are uneven: an H200
+// (132) holds 66, 30 and 15 clusters of 2, 4 and 8.
 int resident_groups(int processors, int size, bool clusters) {
-  if (clusters && size > 2) processors = processors / 16 * 16;
+  if (clusters && size > 2) processors = processors * 10 / 11;
   return std::max(1, processors / size);
 }
 
@@ -31,8 +32,8 @@ bool partial_sums_fit(const Problem& p, int splits) {
 }
 
 // Steps of x that fit beside everything else in `bytes` of shared memory.
-int fitting_x_steps(const Problem& p, int tiles, bool deep, int bytes) {
-  return (bytes - DecodeShared(p, tiles, 0, deep).size) / (p.m * kStepK * 2);
+int fitting_x_steps(const Problem& p, int strips, int stages, int bytes) {
+  return (bytes - DecodeShared(p, strips, 0, stages).size) / (p.m * kStepK * 2);
 }
 
 // No plan (kernel kNone) where not even one step of x fits.
@@ -41,30 +42,27 @@ Plan plan_decode(const Problem& problem, const Device& device) {
   p.m = p.m <= 8 ? 8 : kDecodeRows;
   const bool clusters = device.arch >= 90;
   const int steps = steps_k(p.k);
+  const int deep = p.bits == 4 ? kDeepStages<4> : kDeepStages<8>;
   Plan best;
   double best_time = 0;
-  for (int tiles = 1; tiles <= 4; tiles *= 2) {
-    const int column_tiles = ceil_div(tiles_n(p.n), tiles);
+  for (int strips = 1; strips <= 8; strips *= 2) {
+    const int columns = decode_columns(p, strips);
     for (int splits = 1; splits <= (clusters ? kMaxClusterSplits : kMaxWorkspaceSplits);
          splits *= 2) {
       if (splits > steps || (!clusters && splits > 1 && !partial_sums_fit(p, splits))) continue;
       const int split_steps = ceil_div(steps, splits);
-      bool deep = true;
-      int x_steps = fitting_x_steps(p, tiles, deep, device.shared_bytes);
-      if (x_steps < split_steps) {
-        const int shallow = fitting_x_steps(p, tiles, false, device.shared_bytes);
-        if (x_steps < 8 && shallow > x_steps) {
-          deep = false;
-          x_steps = shallow;
-        }
+      int stages = deep;
+      int x_steps = fitting_x_steps(p, strips, stages, device.shared_bytes);
+      if (x_steps < std::min(split_steps, 8)) {
+        stages = kShallowStages;
+        x_steps = fitting_x_steps(p, strips, stages, device.shared_bytes);
       }
       if (x_steps < 1) continue;
       x_steps = std::min(x_steps, split_steps);
 
-      const int launched =
-          std::min(column_tiles, resident_groups(device.processors, splits, clusters));
-      const int rounds = ceil_div(column_tiles, launched);
-      const int parts = kDecodeWarps / (2 * tiles);
+      const int launched = std::min(columns, resident_groups(device.processors, splits, clusters));
+      const int rounds = ceil_div(columns, launched);
+      const int parts = kDecodeWarps / strips;
       const double x_time = p.m * split_steps * kStepK * 2 / kCacheRate;
       const double weight_time = ceil_div(split_steps, parts) * kDecodeWarps *
                                  static_cast<double>(step_bytes(p.bits) / 2) / kMemoryRate;
@@ -80,10 +78,10 @@ Plan plan_decode(const Problem& problem, const Device& device) {
                                    : Reduction::kWorkspace;
       best.splits = splits;
       best.grid = launched * splits;
-      best.tiles = tiles;
+      best.strips = strips;
       best.x_steps = x_steps;
-      best.deep = deep;
-      best.shared_bytes = DecodeShared(problem, tiles, x_steps, deep).size;
+      best.stages = stages;
+      best.shared_bytes = DecodeShared(problem, strips, x_steps, stages).size;
     }
   }
   return best;
