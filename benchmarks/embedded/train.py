@@ -1,4 +1,4 @@
-"""Trains the embedded model from nothing: `python train.py OUT`, about 45 minutes on two cores.
+"""Trains the embedded model from nothing: `python train.py OUT`, half an hour or so on two cores.
 
 Collects the text (`corpus.py`), trains a byte-level BPE tokenizer, trains the decoder (`model.py`)
 and writes OUT as a Hugging Face folder in f16, beside `held_back.txt` and `train.txt`, the two
@@ -220,14 +220,14 @@ def _restore(path: Path, params, state):
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--decay", type=int, default=500, help="last steps, rate falling to zero")
+    parser.add_argument("--steps", type=int, default=1050)
+    parser.add_argument("--decay", type=int, default=450, help="last steps, rate falling to zero")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--report", type=int, default=100)
+    parser.add_argument("--report", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
