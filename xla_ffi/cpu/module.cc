@@ -16,6 +16,8 @@ NB_MODULE(_cpu, m) {
         nb::dict targets;
         targets["jax_gptq.cpu.matmul.v1"] =
             nb::capsule(reinterpret_cast<void*>(JaxGptqCpuMatmul), "xla._CUSTOM_CALL_TARGET");
+        targets["jax_gptq.cpu.table_logits.v1"] =
+            nb::capsule(reinterpret_cast<void*>(JaxGptqCpuTableLogits), "xla._CUSTOM_CALL_TARGET");
         return targets;
       },
       "FFI target name -> handler.");
