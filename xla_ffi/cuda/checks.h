@@ -132,8 +132,8 @@ inline ffi::Error fill_dequantize(ffi::Buffer<ffi::U32> codes, ffi::AnyBuffer sc
 inline ffi::Error fill_repack(ffi::Buffer<ffi::U32> qweight, ffi::Buffer<ffi::U32> codes,
                               ffi::Buffer<ffi::S32> perm, int32_t bits, int32_t in_features,
                               RepackProblem* problem) {
-  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) {
-    return invalid("bits must be 2, 3, 4 or 8, found " + std::to_string(bits));
+  if (bits < 2 || bits > 8) {
+    return invalid("bits must be 2 to 8, found " + std::to_string(bits));
   }
   const auto shape = qweight.dimensions();
   const int64_t words = (static_cast<int64_t>(in_features) * bits + 31) / 32;

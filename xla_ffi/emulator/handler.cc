@@ -19,11 +19,13 @@ std::mutex mutex;
 Settings current;
 std::vector<std::string> latest_launches;
 
-Buffer operand(const char* name, const ffi::AnyBuffer& buffer) {
+template <class FfiBuffer>
+Buffer operand(const char* name, const FfiBuffer& buffer) {
   return {name, static_cast<unsigned char*>(buffer.untyped_data()), buffer.size_bytes(), false};
 }
 
-Buffer result(const char* name, const ffi::AnyBuffer& buffer) {
+template <class FfiBuffer>
+Buffer result(const char* name, const FfiBuffer& buffer) {
   return {name, static_cast<unsigned char*>(buffer.untyped_data()), buffer.size_bytes(), true};
 }
 

@@ -96,7 +96,8 @@ void Machine::run_cluster(int cluster) {
     block.mbarriers.clear();
     block.barriers.fill({});
   }
-  const Seen nothing = std::make_shared<const Vector>(agents_, 0);
+  const Clocks never = std::make_shared<const Vector>(agents_, 0);
+  const View nothing{never, never};
   threads_.assign(count, {});
   warps_.assign(count / kWarp, {});
   for (int i = 0; i < count; ++i) {
@@ -105,11 +106,14 @@ void Machine::run_cluster(int cluster) {
     thread.index = i % launch_.threads;
     thread.block = i / launch_.threads;
     thread.observer.agent = i;
-    thread.observer.seen = nothing;
+    thread.observer.view = nothing;
     thread.fiber->start(&Machine::thread_main);
   }
   for (Warp& warp : warps_) warp.ready = kAllLanes;
   bulk_copies_.clear();
+  // What the copy engines write needs no fence.
+  fenced_.assign(agents_, kMaxClock);
+  std::fill_n(fenced_.begin(), count, 0);
   cluster_arrivals_ = 0;
   cluster_phase_ = 0;
   cluster_released_ = {};
@@ -157,6 +161,9 @@ void Machine::thread_main() {
     (*machine->body_)();
     if (!thread.open_copies.empty() || !thread.copy_groups.empty()) {
       machine->fail("ends with asynchronous copies in flight");
+    }
+    if (!thread.open_stores.empty() || !thread.stores.empty()) {
+      machine->fail("ends with stores in flight from its block's shared memory");
     }
   } catch (const std::exception& error) {
     machine->error_ = error.what();
@@ -206,46 +213,78 @@ dim3 Machine::block_index() const {
 
 // ---- Clocks ----------------------------------------------------------------------------------
 
-void Released::add(const Observer& thread) {
-  if (seen_.empty() || seen_.back() != thread.seen) seen_.push_back(thread.seen);
-  clocks_.push_back({thread.agent, thread.clock});
+namespace {
+
+void join(Vector& all, const Vector& other) {
+  for (size_t i = 0; i < all.size(); ++i) all[i] = std::max(all[i], other[i]);
 }
 
-Seen Released::take(uint32_t agents) {
-  auto all = std::make_shared<Vector>(agents, 0);
-  std::sort(seen_.begin(), seen_.end());
-  seen_.erase(std::unique(seen_.begin(), seen_.end()), seen_.end());
-  for (const Seen& seen : seen_) {
-    for (uint32_t i = 0; i < agents; ++i) (*all)[i] = std::max((*all)[i], (*seen)[i]);
+View join(const View& left, const View& right) {
+  auto visible = std::make_shared<Vector>(*left.visible);
+  join(*visible, *right.visible);
+  if (left.visible == left.over && right.visible == right.over) return {visible, visible};
+  auto over = std::make_shared<Vector>(*left.over);
+  join(*over, *right.over);
+  return {visible, over};
+}
+
+}  // namespace
+
+void Released::add(const Observer& thread, bool relaxed) {
+  const auto same = [&](const Known& known) {
+    return known.view == thread.view && known.relaxed == relaxed;
+  };
+  if (std::none_of(known_.begin(), known_.end(), same)) known_.push_back({thread.view, relaxed});
+  clocks_.push_back({thread.agent, thread.clock, relaxed});
+}
+
+View Released::take(uint32_t agents) {
+  auto visible = std::make_shared<Vector>(agents, 0);
+  auto over = visible;
+  const auto differs = [](const Known& known) {
+    return known.relaxed || known.view.visible != known.view.over;
+  };
+  if (std::any_of(known_.begin(), known_.end(), differs)) {
+    over = std::make_shared<Vector>(agents, 0);
   }
-  for (const auto& [agent, clock] : clocks_) (*all)[agent] = std::max((*all)[agent], clock);
-  seen_.clear();
+  for (const Known& known : known_) {
+    if (!known.relaxed) join(*visible, *known.view.visible);
+    if (over != visible) join(*over, *known.view.over);
+  }
+  for (const Clock& clock : clocks_) {
+    uint32_t& read = (*over)[clock.agent];
+    read = std::max(read, clock.clock);
+    uint32_t& write = (*visible)[clock.agent];
+    if (!clock.relaxed) write = std::max(write, clock.clock);
+  }
+  known_.clear();
   clocks_.clear();
-  return all;
+  return {visible, over};
+}
+
+const View& Union::of(const View& left, const View& right) {
+  if (left_ != left || right_ != right) {
+    both_ = join(left, right);
+    left_ = left;
+    right_ = right;
+  }
+  return both_;
 }
 
 void Machine::tick(Thread& thread) {
   if (++thread.observer.clock >= kMaxClock) fail("more barriers than the emulator can count");
 }
 
-// The running thread publishes what it has seen and done.
-void Machine::release_into(Released& released) {
-  released.add(running_->observer);
+// The running thread publishes what it knows and has done.
+void Machine::release_into(Released& released, bool relaxed) {
+  released.add(running_->observer, relaxed);
   tick(*running_);
 }
 
 // The running thread sees what others have published.
-void Machine::acquire(const Seen& seen) {
-  Seen& own = running_->observer.seen;
-  if (own == seen) return;
-  if (left_ != own || right_ != seen) {
-    auto both = std::make_shared<Vector>(*own);
-    for (uint32_t i = 0; i < agents_; ++i) (*both)[i] = std::max((*both)[i], (*seen)[i]);
-    left_ = own;
-    right_ = seen;
-    union_ = both;
-  }
-  own = union_;
+void Machine::acquire(const View& view) {
+  View& own = running_->observer.view;
+  if (own != view) own = union_.of(own, view);
 }
 
 // ---- Checked memory --------------------------------------------------------------------------
@@ -370,9 +409,9 @@ void Machine::join_barrier(int id, int threads, bool wait) {
     return;
   }
   barrier.arrived = 0;
-  const Seen all = barrier.released.take(agents_);
+  const View all = barrier.released.take(agents_);
   for (Thread* thread : barrier.waiting) {
-    thread->observer.seen = all;  // it was among those who released
+    thread->observer.view = all;  // it was among those who released
     wake(*thread);
   }
   barrier.waiting.clear();
@@ -382,20 +421,20 @@ void Machine::warp_barrier() {
   collective<Thread>("warp barrier", *running_, [](const std::array<Thread*, kWarp>& lanes) {
     Released released;
     for (const Thread* lane : lanes) released.add(lane->observer);
-    const Seen all = released.take(machine->agents_);
+    const View all = released.take(machine->agents_);
     for (Thread* lane : lanes) {
-      lane->observer.seen = all;
+      lane->observer.view = all;
       machine->tick(*lane);
     }
   });
 }
 
-void Machine::cluster_arrive() {
+void Machine::cluster_arrive(bool relaxed) {
   require_arch(90, "a cluster barrier");
   if (running_->arrived_at_cluster) fail("arrives twice at the cluster's barrier");
   running_->arrived_at_cluster = true;
   running_->cluster_phase = cluster_phase_;
-  release_into(cluster_released_);
+  release_into(cluster_released_, relaxed);
   if (++cluster_arrivals_ < static_cast<int>(threads_.size())) return;
   cluster_arrivals_ = 0;
   ++cluster_phase_;
@@ -457,8 +496,11 @@ Mbarrier& Machine::mbarrier_at(Block& block, size_t offset) {
   if (found == block.mbarriers.end()) {
     fail("no mbarrier was initialised at shared byte " + std::to_string(offset));
   }
-  const std::string problem = block.shared.read(offset, 8, running_->observer);
-  if (!problem.empty()) fail("mbarrier: " + problem);
+  // The init fence publishes the initialisation through any barrier, a relaxed one too.
+  const Observer& self = running_->observer;
+  const bool visible = found->second.fenced ? block.shared.initialised(offset, self)
+                                            : block.shared.read(offset, 8, self).empty();
+  if (!visible) fail("the mbarrier's initialisation is not ordered before its use");
   return found->second;
 }
 
@@ -472,7 +514,8 @@ void Machine::mbarrier_init(uint32_t shared, int arrivals) {
   Mbarrier& barrier = block().mbarriers[offset];
   barrier.agent = threads_.size() + running_->block * kMaxMbarriers + index;
   barrier.expected = barrier.pending = arrivals;
-  barrier.completed = std::make_shared<const Vector>(agents_, 0);
+  const Clocks never = std::make_shared<const Vector>(agents_, 0);
+  barrier.completed = {never, never};
 }
 
 void Machine::mbarrier_arrive(uint32_t shared, int rank, int64_t expected_bytes) {
@@ -482,6 +525,10 @@ void Machine::mbarrier_arrive(uint32_t shared, int rank, int64_t expected_bytes)
   barrier.bytes += expected_bytes;
   if (--barrier.pending < 0) fail("arrives at an mbarrier more often than it expects");
   complete_if_due(barrier);
+}
+
+void Machine::mbarrier_arrive_mapped(uint32_t mapped) {
+  mbarrier_arrive(mapped & ((1u << kRankShift) - 1), static_cast<int>(mapped >> kRankShift) - 1, 0);
 }
 
 void Machine::complete_if_due(Mbarrier& barrier) {
@@ -503,16 +550,100 @@ void Machine::mbarrier_wait(uint32_t shared, uint32_t parity) {
   acquire(barrier.completed);
 }
 
-void Machine::copy_bulk(uint32_t shared, uint32_t mbarrier, int rank, size_t bytes,
-                        std::function<void(unsigned char*)> fill) {
+void Machine::mbarrier_init_fence() {
+  for (auto& [offset, barrier] : block().mbarriers) barrier.fenced = true;
+}
+
+void Machine::copy_bulk(int rank, size_t offset, size_t mbarrier, size_t bytes,
+                        std::function<void(unsigned char*, const Observer&)> fill) {
   require_arch(90, "a bulk copy");
-  const size_t offset = shared_offset(shared, bytes, 16, "bulk copy");
-  const size_t barrier = shared_offset(mbarrier, 8, 8, "mbarrier");
   Block& target = peer(rank);
-  mbarrier_at(target, barrier);
+  if (!mbarrier_at(target, mbarrier).fenced) fail("a copy to an mbarrier without an init fence");
   const std::string problem = target.shared.take_off(offset, bytes, running_->observer);
   if (!problem.empty()) fail("bulk copy: " + problem);
-  bulk_copies_.push_back({rank, offset, barrier, bytes, std::move(fill)});
+  Released view;
+  view.add(running_->observer);
+  bulk_copies_.push_back({rank, offset, mbarrier, bytes, view.take(agents_), std::move(fill)});
+}
+
+namespace {
+
+// The rows of a box: for each, its place in the box and, where it lies in the tensor, its first
+// byte and the bytes that are inside.
+struct BoxRow {
+  size_t at;
+  unsigned char* data;  // null: outside
+  size_t inside;
+};
+
+std::vector<BoxRow> box_rows(const cuda::MapDescription& map, std::array<int, 3> at) {
+  const int depth = map.rank == 3 ? map.box[2] : 1;
+  const size_t row_bytes = static_cast<size_t>(map.box[0]) * map.element_bytes;
+  std::vector<BoxRow> rows;
+  for (int z = 0; z < depth; ++z) {
+    for (int y = 0; y < map.box[1]; ++y) {
+      BoxRow row{rows.size() * row_bytes, nullptr, 0};
+      const int64_t row_y = at[1] + y, row_z = at[2] + z;
+      const int64_t left = map.sizes[0] - at[0];
+      if (row_y < map.sizes[1] && (map.rank < 3 || row_z < map.sizes[2]) && left > 0) {
+        const int64_t offset = static_cast<int64_t>(at[0]) * map.element_bytes +
+                               row_y * map.strides[0] +
+                               (map.rank == 3 ? row_z * map.strides[1] : 0);
+        row.data = static_cast<unsigned char*>(const_cast<void*>(map.base)) + offset;
+        row.inside = std::min<int64_t>(left, map.box[0]) * map.element_bytes;
+      }
+      rows.push_back(row);
+    }
+  }
+  return rows;
+}
+
+// Where byte `at` of a box lies in shared memory, from its start at `offset`.
+size_t box_place(const cuda::MapDescription& map, size_t offset, size_t at) {
+  const size_t place = offset + at;
+  return map.swizzle ? place ^ ((place >> 7 & 7) << 4) : place;
+}
+
+}  // namespace
+
+void Machine::copy_box(uint32_t shared, const cuda::MapDescription& map, uint32_t mbarrier,
+                       std::array<int, 3> at, const std::vector<int>& ranks) {
+  const std::vector<BoxRow> rows = box_rows(map, at);
+  const size_t row_bytes = static_cast<size_t>(map.box[0]) * map.element_bytes;
+  const size_t bytes = rows.size() * row_bytes;
+  const size_t offset = shared_offset(shared, bytes, map.swizzle ? 1024 : 128, "copy of a box");
+  const size_t barrier = shared_offset(mbarrier, 8, 8, "mbarrier");
+  if (at[0] < 0 || at[1] < 0 || at[2] < 0) fail("a box that starts before the tensor");
+  for (const BoxRow& row : rows) {
+    if (row.data != nullptr) global_read(row.data, row.inside, 1);
+  }
+  const auto fill = [=](unsigned char* to, const Observer&) {
+    std::fill_n(to, bytes, 0);
+    for (const BoxRow& row : rows) {
+      for (size_t i = 0; i < row.inside; ++i) {
+        to[box_place(map, offset, row.at + i) - offset] = row.data[i];
+      }
+    }
+  };
+  for (int rank : ranks) copy_bulk(rank, offset, barrier, bytes, fill);
+}
+
+void Machine::copy_to_block(uint32_t mapped, uint32_t source, size_t bytes,
+                            uint32_t mapped_mbarrier) {
+  if (mapped >> kRankShift != mapped_mbarrier >> kRankShift) {
+    fail("copies to one block and completes in another");
+  }
+  const uint32_t mask = (1u << kRankShift) - 1;
+  const size_t offset = shared_offset(mapped & mask, bytes, 16, "copy to a block");
+  const size_t barrier = shared_offset(mapped_mbarrier & mask, 8, 8, "mbarrier");
+  const size_t from = shared_offset(source, bytes, 16, "copy to a block");
+  Block& own = block();
+  copy_bulk(static_cast<int>(mapped >> kRankShift) - 1, offset, barrier, bytes,
+            [=, &own](unsigned char* to, const Observer& engine) {
+              const std::string problem = own.shared.read_async(from, bytes, engine, fenced_);
+              if (!problem.empty()) fail("copy to a block: " + problem);
+              std::copy_n(own.shared.data() + from, bytes, to);
+            });
 }
 
 // One bulk copy that somebody waits for arrives; false if there is none.
@@ -528,14 +659,115 @@ bool Machine::land_a_copy() {
   bulk_copies_.erase(bulk_copies_.begin() + chosen);
   Block& target = *blocks_[copy.rank];
   Mbarrier& barrier = target.mbarriers.at(copy.mbarrier);
+  const Observer engine{barrier.agent, ++barrier.clock, copy.view};
   std::vector<unsigned char> data(copy.bytes);
-  copy.fill(data.data());
-  target.shared.land(copy.offset, data.data(), copy.bytes, copy.bytes,
-                     make_stamp(barrier.agent, ++barrier.clock));
+  copy.fill(data.data(), engine);
+  target.shared.land(copy.offset, data.data(), copy.bytes, copy.bytes, engine.stamp());
   barrier.released.add_clock(barrier.agent, barrier.clock);
   barrier.bytes -= copy.bytes;
   complete_if_due(barrier);
   return true;
+}
+
+void Machine::fence_async_proxy() {
+  fenced_[running_->observer.agent] = running_->observer.clock;
+  tick(*running_);
+}
+
+void Machine::store_box(const cuda::MapDescription& map, uint32_t shared, int x, int y) {
+  require_arch(90, "a bulk store");
+  const size_t bytes = static_cast<size_t>(map.box[0]) * map.element_bytes * map.box[1];
+  const size_t offset = shared_offset(shared, bytes, map.swizzle ? 1024 : 128, "store of a box");
+  const std::string problem = block().shared.read_async(offset, bytes, running_->observer, fenced_);
+  if (!problem.empty()) fail("store of a box: " + problem);
+  running_->open_stores.push_back({map, offset, x, y});
+}
+
+void Machine::store_commit() {
+  std::vector<Thread::BoxStore>& open = running_->open_stores;
+  running_->stores.insert(running_->stores.end(), open.begin(), open.end());
+  open.clear();
+}
+
+void Machine::store_wait_read() {
+  for (const Thread::BoxStore& store : running_->stores) {
+    SharedMemory& shared = block().shared;
+    for (const BoxRow& row : box_rows(store.map, {store.x, store.y, 0})) {
+      if (row.data == nullptr) continue;
+      const size_t row_bytes = static_cast<size_t>(store.map.box[0]) * store.map.element_bytes;
+      const std::string problem = shared.read_async(store.shared + row.at / row_bytes * row_bytes,
+                                                    row_bytes, running_->observer, fenced_);
+      if (!problem.empty()) fail("store of a box: " + problem);
+      auto* to = static_cast<unsigned char*>(global_write(row.data, row.inside, 1));
+      for (size_t i = 0; i < row.inside; ++i) {
+        to[i] = shared.data()[box_place(store.map, store.shared, row.at + i)];
+      }
+    }
+  }
+  running_->stores.clear();
+}
+
+// ---- Warpgroup products ----------------------------------------------------------------------
+
+bool Machine::elect_one() {
+  struct Elected {
+    bool chosen = false;
+  } mine;
+  collective<Elected>("elect", mine,
+                      [](const auto& lanes) { lanes[machine->lane()]->chosen = true; });
+  return mine.chosen;
+}
+
+void Machine::wgmma_fence() {
+  require_arch(90, "wgmma");
+  collective<Thread>("wgmma.fence", *running_,
+                     [](const auto& lanes) { machine->warp_of(*lanes[0]).products.fence(); });
+}
+
+void Machine::wgmma(float* d, const uint32_t* a, uint64_t b, int n, bool bf16) {
+  struct Operands {
+    float* d;
+    const uint32_t* a;
+    uint64_t b;
+    int n;
+    bool bf16;
+  } mine{d, a, b, n, bf16};
+  collective<Operands>("wgmma", mine, [](const auto& lanes) {
+    AsyncProduct product{lanes[0]->n, lanes[0]->bf16, lanes[0]->b, {}, {}};
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (lanes[lane]->b != product.b) machine->fail("lanes disagree on a wgmma descriptor");
+      product.a[lane] = lanes[lane]->a;
+      product.d[lane] = lanes[lane]->d;
+    }
+    const std::string problem = machine->warp_of(machine->thread()).products.issue(product);
+    if (!problem.empty()) machine->fail(problem);
+  });
+}
+
+void Machine::wgmma_commit() {
+  collective<Thread>("wgmma.commit_group", *running_,
+                     [](const auto& lanes) { machine->warp_of(*lanes[0]).products.commit(); });
+}
+
+void Machine::wgmma_wait(int pending) {
+  struct Operands {
+    Thread* thread;
+    int pending;
+  } mine{running_, pending};
+  collective<Operands>("wgmma.wait_group", mine, [](const auto& lanes) {
+    // Row r of the right operand is read in the name of lane r % 32.
+    const auto read = [&](int row, uint32_t address) {
+      const size_t offset = machine->shared_offset(address, 16, 16, "wgmma");
+      SharedMemory& shared = machine->block().shared;
+      const std::string problem =
+          shared.read_async(offset, 16, lanes[row % kWarp]->thread->observer, machine->fenced_);
+      if (!problem.empty()) machine->fail("wgmma: " + problem);
+      return reinterpret_cast<const uint16_t*>(shared.data() + offset);
+    };
+    const std::string problem =
+        machine->warp_of(machine->thread()).products.wait(lanes[0]->pending, read);
+    if (!problem.empty()) machine->fail(problem);
+  });
 }
 
 }  // namespace jax_gptq::emulator

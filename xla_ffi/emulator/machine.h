@@ -23,8 +23,10 @@
 #include <string>
 #include <vector>
 
+#include "../cuda/tensor_map.h"
 #include "fiber.h"
 #include "memory.h"
+#include "wgmma.h"
 
 namespace jax_gptq::emulator {
 
@@ -60,17 +62,34 @@ struct Launch {
   int blocks() const { return grid.x * grid.y * grid.z; }
 };
 
-// What has been released to a barrier: what its threads have seen, and what they have done.
+// What has been released to a barrier: what its threads know, and what they have done.
 class Released {
  public:
-  void add(const Observer& thread);
+  void add(const Observer& thread, bool relaxed = false);
+  void add_clock(uint32_t agent, uint32_t clock) { clocks_.push_back({agent, clock, false}); }
   // Everything released since the last take().
-  Seen take(uint32_t agents);
-  void add_clock(uint32_t agent, uint32_t clock) { clocks_.push_back({agent, clock}); }
+  View take(uint32_t agents);
 
  private:
-  std::vector<Seen> seen_;
-  std::vector<std::pair<uint32_t, uint32_t>> clocks_;
+  struct Clock {
+    uint32_t agent, clock;
+    bool relaxed;
+  };
+  struct Known {
+    View view;
+    bool relaxed;
+  };
+  std::vector<Known> known_;
+  std::vector<Clock> clocks_;
+};
+
+// The union of views; remembers the latest, since lanes of a warp tend to need the same.
+class Union {
+ public:
+  const View& of(const View& left, const View& right);
+
+ private:
+  View left_, right_, both_;
 };
 
 struct Thread {
@@ -88,8 +107,14 @@ struct Thread {
     const void* global;
     size_t copied, bytes;
   };
+  struct BoxStore {
+    cuda::MapDescription map;
+    size_t shared;  // offset
+    int x, y;
+  };
   std::vector<Copy> open_copies;              // not committed yet
   std::deque<std::vector<Copy>> copy_groups;  // committed
+  std::vector<BoxStore> open_stores, stores;  // not committed, committed
 };
 
 struct Warp {
@@ -98,6 +123,7 @@ struct Warp {
   const char* operation = nullptr;
   uint32_t arrived = 0;
   std::array<void*, kWarp> operands;
+  AsyncProducts products;
 };
 
 // A named barrier (0 is the whole block's).
@@ -115,8 +141,9 @@ struct Mbarrier {
   int pending = 0;    // arrivals to come in this phase
   int64_t bytes = 0;  // expected minus arrived in this phase
   uint32_t phase = 0;
-  Released released;  // by those who arrived in this phase
-  Seen completed;     // by those who completed the last
+  bool fenced = false;  // its initialisation is visible to engines and other blocks
+  Released released;    // by those who arrived in this phase
+  View completed;       // by those who completed the last
   std::vector<Thread*> waiting;
 };
 
@@ -157,7 +184,7 @@ class Machine {
   void barrier(int id, int threads);
   void barrier_arrive(int id, int threads);
   void warp_barrier();
-  void cluster_arrive();
+  void cluster_arrive(bool relaxed);
   void cluster_wait();
 
   void copy_async(uint32_t shared, const void* global, size_t copied, size_t bytes);
@@ -166,11 +193,28 @@ class Machine {
 
   void mbarrier_init(uint32_t shared, int arrivals);
   void mbarrier_arrive(uint32_t shared, int rank, int64_t expected_bytes);
+  void mbarrier_arrive_mapped(uint32_t mapped);
   void mbarrier_wait(uint32_t shared, uint32_t parity);
-  // A copy by the engine of the mbarrier at the offset of `mbarrier` in block `rank`: `bytes` to
-  // `shared`'s offset in that block, produced by `fill(destination)` when it arrives.
-  void copy_bulk(uint32_t shared, uint32_t mbarrier, int rank, size_t bytes,
-                 std::function<void(unsigned char*)> fill);
+  void mbarrier_init_fence();
+
+  // Copies by the engine behind the mbarrier at `mbarrier`'s offset in each of `ranks`, to the
+  // offset of `shared` there.
+  void copy_box(uint32_t shared, const cuda::MapDescription& map, uint32_t mbarrier,
+                std::array<int, 3> at, const std::vector<int>& ranks);
+  void copy_to_block(uint32_t mapped, uint32_t source, size_t bytes, uint32_t mapped_mbarrier);
+  void store_box(const cuda::MapDescription& map, uint32_t shared, int x, int y);
+  void store_commit();
+  void store_wait_read();
+  void fence_async_proxy();
+
+  // One lane of the warp, whichever comes last.
+  bool elect_one();
+
+  // wgmma, by warps: d += a b, of which the warp has 16 of the 64 rows.
+  void wgmma_fence();
+  void wgmma(float* d, const uint32_t* a, uint64_t b, int n, bool bf16);
+  void wgmma_commit();
+  void wgmma_wait(int pending);
 
   // Waits until all 32 lanes have called `operation`, then runs `all` once on their operands.
   template <typename Operands>
@@ -189,7 +233,8 @@ class Machine {
   struct BulkCopy {
     int rank;
     size_t offset, mbarrier, bytes;
-    std::function<void(unsigned char*)> fill;
+    View view;  // of the thread that issued it
+    std::function<void(unsigned char*, const Observer&)> fill;
   };
 
   void run_cluster(int cluster);
@@ -202,11 +247,13 @@ class Machine {
   void sleep(const char* reason);
   void wake(Thread& thread);
   Warp& warp_of(const Thread& thread);
-  void release_into(Released& released);
-  void acquire(const Seen& seen);
+  void release_into(Released& released, bool relaxed = false);
+  void acquire(const View& view);
   void tick(Thread& thread);
   size_t shared_offset(uint32_t address, size_t bytes, size_t alignment, const char* what);
   Block& mapped_block(uint32_t mapped);
+  void copy_bulk(int rank, size_t offset, size_t mbarrier, size_t bytes,
+                 std::function<void(unsigned char*, const Observer&)> fill);
   Mbarrier& mbarrier_at(Block& block, size_t offset);
   void complete_if_due(Mbarrier& barrier);
   void join_barrier(int id, int threads, bool wait);
@@ -226,12 +273,12 @@ class Machine {
   std::vector<Warp> warps_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<BulkCopy> bulk_copies_;
+  Vector fenced_;  // per agent, its clock at its latest fence_async_proxy
   int cluster_arrivals_ = 0;
   uint32_t cluster_phase_ = 0;
   Released cluster_released_;
-  Seen cluster_completed_;
-  // The latest union of two views: lanes of a warp tend to need the same.
-  Seen left_, right_, union_;
+  View cluster_completed_;
+  Union union_;
   std::vector<Thread*> cluster_waiting_;
   int alive_ = 0;
   Thread* running_ = nullptr;

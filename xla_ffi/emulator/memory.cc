@@ -28,11 +28,11 @@ void SharedMemory::reset(size_t bytes) {
 // The first read of the grain that is not ordered before `vector`; 0 if there is none.
 Stamp SharedMemory::unordered_read(const Grain& grain, const Observer& self) const {
   for (Stamp read : grain.reads) {
-    if (read != 0 && !self.after(read)) return read;
+    if (read != 0 && !self.knows_over(read)) return read;
   }
   if (grain.more_reads >= 0) {
     for (Stamp read : more_reads_[grain.more_reads]) {
-      if (!self.after(read)) return read;
+      if (!self.knows_over(read)) return read;
     }
   }
   return 0;
@@ -42,7 +42,7 @@ void SharedMemory::note_read(Grain& grain, const Observer& self) {
   // A read that this thread has already seen the end of adds nothing: whoever is ordered after
   // this read is ordered after that one.
   for (Stamp& read : grain.reads) {
-    if (read == 0 || self.after(read)) {
+    if (read == 0 || self.knows_over(read)) {
       read = self.stamp();
       return;
     }
@@ -53,7 +53,7 @@ void SharedMemory::note_read(Grain& grain, const Observer& self) {
   }
   std::vector<Stamp>& more = more_reads_[grain.more_reads];
   for (Stamp& read : more) {
-    if (self.after(read)) {
+    if (self.knows_over(read)) {
       read = self.stamp();
       return;
     }
@@ -64,10 +64,27 @@ void SharedMemory::note_read(Grain& grain, const Observer& self) {
 std::string SharedMemory::read(size_t offset, size_t bytes, const Observer& self) {
   for (size_t i = offset / kGrain; i <= (offset + bytes - 1) / kGrain; ++i) {
     Grain& grain = grains_[i];
-    if (grain.in_flight || grain.write == 0 || !self.after(grain.write)) {
+    if (grain.in_flight || grain.write == 0 || !self.sees(grain.write)) {
       const std::string where = "read of shared byte " + std::to_string(i * kGrain);
       if (grain.in_flight) return where + kInFlight;
       if (grain.write == 0) return where + ", which nobody has written";
+      return where + " is not ordered after a write" + by(grain.write) + kNoBarrier;
+    }
+    note_read(grain, self);
+  }
+  return "";
+}
+
+std::string SharedMemory::read_async(size_t offset, size_t bytes, const Observer& self,
+                                     const Vector& fenced) {
+  for (size_t i = offset / kGrain; i <= (offset + bytes - 1) / kGrain; ++i) {
+    Grain& grain = grains_[i];
+    const bool seen = self.sees(grain.write);
+    const bool is_fenced = stamp_clock(grain.write) <= fenced[stamp_agent(grain.write)];
+    if (grain.in_flight || !seen || !is_fenced) {
+      const std::string where = "asynchronous read of shared byte " + std::to_string(i * kGrain);
+      if (grain.in_flight) return where + kInFlight;
+      if (seen) return where + " written" + by(grain.write) + " without fence_async_proxy";
       return where + " is not ordered after a write" + by(grain.write) + kNoBarrier;
     }
     note_read(grain, self);
@@ -79,7 +96,7 @@ std::string SharedMemory::write(size_t offset, size_t bytes, const Observer& sel
   for (size_t i = offset / kGrain; i <= (offset + bytes - 1) / kGrain; ++i) {
     Grain& grain = grains_[i];
     const Stamp read = unordered_read(grain, self);
-    if (grain.in_flight || !self.after(grain.write) || read != 0) {
+    if (grain.in_flight || !self.knows_over(grain.write) || read != 0) {
       const std::string where = "write of shared byte " + std::to_string(i * kGrain);
       if (grain.in_flight) return where + kInFlight;
       if (read != 0) return where + " is not ordered after a read" + by(read) + kNoBarrier;
@@ -166,7 +183,7 @@ std::string GlobalMemory::read(const Buffer& buffer, const void* pointer, size_t
     if (last.launch == 0) return where + ", which nobody has written";
     if (last.launch != launch_) continue;
     if (last.cluster != cluster) return where + ", written by another block of the same launch";
-    if (!self.after(last.stamp)) {
+    if (!self.sees(last.stamp)) {
       return where + " is not ordered after a write" + by(last.stamp) + kNoBarrier;
     }
   }
@@ -181,7 +198,7 @@ std::string GlobalMemory::write(const Buffer& buffer, const void* pointer, size_
     if (last.launch == launch_) {
       const std::string where = "write of byte " + std::to_string(i) + " of " + buffer.name;
       if (last.cluster != cluster) return where + ", written by another block of the same launch";
-      if (!self.after(last.stamp)) {
+      if (!self.sees(last.stamp)) {
         return where + " is not ordered after a write" + by(last.stamp);
       }
     }

@@ -27,21 +27,34 @@ inline Stamp make_stamp(uint32_t agent, uint32_t clock) { return agent << kClock
 inline uint32_t stamp_agent(Stamp stamp) { return stamp >> kClockBits; }
 inline uint32_t stamp_clock(Stamp stamp) { return stamp & kMaxClock; }
 
-// The clocks that an agent has seen of all agents. Threads that leave a barrier together have seen
-// the same, so they share one.
-using Vector = std::vector<uint32_t>;
-using Seen = std::shared_ptr<const Vector>;
+using Vector = std::vector<uint32_t>;  // a clock of every agent
+using Clocks = std::shared_ptr<const Vector>;
+
+// What an agent knows of the others: which of their accesses are visible to it, and which are at
+// least over. A relaxed barrier tells only the latter: memory may then be written again, but not
+// read. Threads that leave a barrier together know the same and share it.
+struct View {
+  Clocks visible, over;
+
+  bool operator==(const View& other) const {
+    return visible == other.visible && over == other.over;
+  }
+  bool operator!=(const View& other) const { return !(*this == other); }
+};
 
 // Where a thread stands.
 struct Observer {
   uint32_t agent;
   uint32_t clock = 1;
-  Seen seen;  // of the others
+  View view;
 
   Stamp stamp() const { return make_stamp(agent, clock); }
-  // Whether what `stamp` marks happened before.
-  bool after(Stamp stamp) const {
-    return stamp_agent(stamp) == agent || stamp_clock(stamp) <= (*seen)[stamp_agent(stamp)];
+  bool sees(Stamp stamp) const { return after(stamp, *view.visible); }
+  bool knows_over(Stamp stamp) const { return after(stamp, *view.over); }
+
+ private:
+  bool after(Stamp stamp, const Vector& clocks) const {
+    return stamp_agent(stamp) == agent || stamp_clock(stamp) <= clocks[stamp_agent(stamp)];
   }
 };
 
@@ -67,8 +80,18 @@ class SharedMemory {
   std::string read(size_t offset, size_t bytes, const Observer& self);
   std::string write(size_t offset, size_t bytes, const Observer& self);
 
+  // As read, by the copy engine or the tensor cores: what a thread wrote they see only if the
+  // thread has fenced since (`fenced`: per agent, its clock at its latest fence). Padding that
+  // nobody has written may be copied along.
+  std::string read_async(size_t offset, size_t bytes, const Observer& self, const Vector& fenced);
+
   // An asynchronous copy into these bytes was issued: poison until land().
   std::string take_off(size_t offset, size_t bytes, const Observer& self);
+  // Whether the word at `offset` was written before, by a thread that has fenced and met `self`.
+  bool initialised(size_t offset, const Observer& self) const {
+    return grains_[offset / kGrain].write != 0 && self.knows_over(grains_[offset / kGrain].write);
+  }
+
   // The copy has arrived; from now on these bytes were written at `stamp`. Null: zeros.
   void land(size_t offset, const void* source, size_t copied, size_t bytes, Stamp stamp);
 

@@ -3,6 +3,7 @@
 // instructions: mma.m16n8k16, ldmatrix); products are summed in f32, in order of k.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -50,6 +51,8 @@ inline dim3 thread_index() { return dim3(machine->thread().index, 0, 0); }
 namespace jax_gptq::cuda {
 
 using emulator::machine;
+using std::max;
+using std::min;
 
 struct F16 {};
 struct Bf16 {};
@@ -139,7 +142,6 @@ void cp_async_wait() {
 
 inline void block_sync() { machine->barrier(0, machine->launched().threads); }
 inline void warp_sync() { machine->warp_barrier(); }
-inline void named_barrier(int id, int threads) { machine->barrier(id, threads); }
 
 // ---- Tensor cores ----------------------------------------------------------------------------
 
@@ -251,7 +253,7 @@ uint32_t mul2(uint32_t a, uint32_t b) {
 // ---- Clusters --------------------------------------------------------------------------------
 
 inline int cluster_rank() { return machine->own_rank(); }
-inline void cluster_arrive() { machine->cluster_arrive(); }
+inline void cluster_arrive() { machine->cluster_arrive(false); }
 inline void cluster_wait() { machine->cluster_wait(); }
 
 inline uint32_t cluster_map(uint32_t address, uint32_t rank) {
@@ -266,3 +268,5 @@ T ld_cluster(uint32_t mapped) {
 }
 
 }  // namespace jax_gptq::cuda
+
+#include "wgmma_primitives.h"
