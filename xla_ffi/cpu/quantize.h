@@ -105,7 +105,7 @@ static void QuantizeRow(const Problem& problem, int64_t row) {
   const int32_t to_signed = problem.offset_digits ? 0 : kOffset;
   bool in_f32 = false;
 
-  for (int64_t b = 0; b < problem.block_count && !in_f32; ++b) {
+  for (int64_t b = 0; b < problem.block_count; ++b) {
     const Block& block = problem.blocks[b];
     const int padded = block.chunks * kChunkRows;
     float values[kMaxBlockRows];
@@ -137,6 +137,8 @@ static void QuantizeRow(const Problem& problem, int64_t row) {
       scale = FromBits(static_cast<uint32_t>(127 - shift) << 23);
       in_f32 = HasOutlier(values, padded, block.rows, multiplier, max);
     }
+
+    if (in_f32) break;
 
     Ints total = {}, low = {};
     int8_t* to = Digits(problem, block, row);
