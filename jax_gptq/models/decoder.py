@@ -123,9 +123,7 @@ class Decoder(CausalLM):
         self.config = config
         self.model = Backbone(config, dtype=dtype, rngs=rngs)
         if not config.tie_embeddings:
-            self.lm_head = dense(
-                config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs
-            )
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
     @property
     def blocks(self) -> nnx.List:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from jax_gptq.matmul import gptq_matmul
 from jax_gptq.models.config import DecoderConfig
+from jax_gptq.models.table import table_logits
 from jax_gptq.nnx import GptqLinear
 
 _INIT = nnx.initializers.normal(0.02)
@@ -113,7 +114,7 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table [count, features]; read by rows, or as an output head by all of them."""
+    """A table [count, features]; read by rows, or as an output head (tied or not) by all."""
 
     def __init__(self, count: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         table = _INIT(rngs.params(), (count, features), dtype)
@@ -124,14 +125,8 @@ class Embedding(nnx.Module):
         return jnp.take(self.weight[...], ids, axis=0)
 
     def logits(self, x: Array) -> Array:
-        """x [..., features] -> f32 [..., count]: the table as the output head (tied)."""
-        return jax.lax.dot_general(
-            x,
-            self.weight[...].astype(x.dtype),
-            (((x.ndim - 1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        """x [..., features] -> f32 [..., count]: the table as the output head."""
+        return table_logits(x, self.weight[...])
 
 
 def activate(name: str, x: Array) -> Array:
@@ -147,18 +142,8 @@ def activate(name: str, x: Array) -> Array:
 
 
 def head_logits(config: DecoderConfig, head: Any, x: Array) -> Array:
-    """x [..., hidden_size] -> f32 [..., vocab_size] through a tied, dense or quantized head."""
-    if isinstance(head, Embedding):
-        y = head.logits(x)
-    elif isinstance(head, nnx.Linear):
-        y = jnp.matmul(
-            x,
-            head.kernel[...],
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-    else:
-        y = head(x.astype(jnp.float32))
+    """x [..., hidden_size] -> f32 [..., vocab_size] through a table or a quantized head."""
+    y = head.logits(x) if isinstance(head, Embedding) else head(x.astype(jnp.float32))
     if config.logits_softcap is None:
         return y
     return config.logits_softcap * jnp.tanh(y / config.logits_softcap)

@@ -74,7 +74,10 @@ def load(
     model.folded_act_order = fold_act_order
     for module_path, module in list(nnx.iter_modules(model)):
         name = ".".join(map(str, module_path))
-        if isinstance(module, (RMSNorm, LayerNorm, Embedding)):
+        if name == "lm_head" and reader.is_quantized(name):
+            features = (config.hidden_size, config.vocab_size)
+            set_layer(model, name, reader.prepared(*reader.weight(name, features, False)))
+        elif isinstance(module, (RMSNorm, LayerNorm, Embedding)):
             reader.fill(name, module)
         elif isinstance(module, Mlp) and fold_act_order and reader.folds(name):
             for child, layer in reader.folded_mlp(name, module).items():
@@ -82,7 +85,7 @@ def load(
     for name, layer in linears(model).items():
         if isinstance(layer, nnx.Linear):
             if reader.is_quantized(name):
-                set_layer(model, name, reader.quantized_linear(name, layer))
+                set_layer(model, name, reader.prepared(*reader.layer_weight(name, layer)))
             else:
                 reader.fill_linear(name, layer)
     share_act_orders(model)
@@ -108,7 +111,7 @@ def float_tensors(model: CausalLM) -> Iterator[tuple[str, np.ndarray]]:
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, path))
         if isinstance(module, nnx.Linear):
-            conv1d = _is_conv1d(model.config, name)
+            conv1d = _is_conv1d(model.config)
             kernel = np.asarray(module.kernel[...])
             yield f"{name}.weight", kernel if conv1d else np.ascontiguousarray(kernel.T)
             if module.bias is not None:
@@ -126,9 +129,9 @@ def _params(module: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
             yield name, value
 
 
-def _is_conv1d(config: DecoderConfig, name: str) -> bool:
-    """GPT-2 keeps its blocks' matrices as [in, out]."""
-    return config.model_type == "gpt2" and name != "lm_head"
+def _is_conv1d(config: DecoderConfig) -> bool:
+    """GPT-2 keeps its matrices as [in, out]."""
+    return config.model_type == "gpt2"
 
 
 class _Reader:
@@ -184,7 +187,7 @@ class _Reader:
     def fill_linear(self, name: str, layer: nnx.Linear) -> None:
         """A float layer; a bias that only the files know of is kept."""
         shape = (layer.in_features, layer.out_features)
-        if _is_conv1d(self.config, name):
+        if _is_conv1d(self.config):
             kernel = jnp.array(self.tensor(f"{name}.weight", shape), self.dtype)
         else:
             kernel = jnp.array(self.tensor(f"{name}.weight", shape[::-1]), self.dtype).T
@@ -194,27 +197,31 @@ class _Reader:
             layer.bias = nnx.Param(jnp.array(bias, self.dtype))
             layer.use_bias = True
 
-    def weight(self, name: str, layer: nnx.Linear) -> tuple[GptqWeight, np.ndarray | None]:
-        """A quantized weight and its bias, checked against the float layer whose place it takes."""
+    def layer_weight(self, name: str, layer: nnx.Linear) -> tuple[GptqWeight, np.ndarray | None]:
+        """A quantized weight and its bias, to take the place of a float layer."""
+        return self.weight(name, (layer.in_features, layer.out_features), layer.use_bias)
+
+    def weight(
+        self, name: str, expected: tuple[int, int], use_bias: bool
+    ) -> tuple[GptqWeight, np.ndarray | None]:
+        """A quantized weight of those features, and its bias. Raises ShapeError and
+        MissingTensorError."""
         file_name = self.file_name(name)
         weight = self.checkpoint.weight(file_name)
-        expected = (layer.in_features, layer.out_features)
         if weight.shape != expected:
             raise ShapeError(
                 f"{self.path}: {file_name}: expected a weight {expected} by config.json, found "
                 f"{weight.shape}"
             )
-        if layer.use_bias and f"{file_name}.bias" not in self.checkpoint:
+        if use_bias and f"{file_name}.bias" not in self.checkpoint:
             raise MissingTensorError(
                 f"{self.path}: expected tensor '{file_name}.bias', found in no file of this "
                 f"checkpoint; a {self.config.model_type} model needs it"
             )
         return weight, self.checkpoint.bias(file_name)
 
-    def quantized_linear(self, name: str, layer: nnx.Linear) -> QuantizedLinear:
-        return self.prepared(*self.weight(name, layer))
-
     def prepared(self, weight: GptqWeight, bias: ArrayLike | None) -> QuantizedLinear:
+        """The layer, repacked for its backend."""
         linear = GptqLinear.from_weight(weight, bias, layout=self.layout)
         return cast(QuantizedLinear, QuantizedLinear.from_linear(linear))
 
@@ -224,7 +231,9 @@ class _Reader:
 
     def folded_mlp(self, name: str, mlp: Mlp) -> dict[str, QuantizedLinear]:
         """Its three layers by name, with the act-order of `down_proj` in the columns before it."""
-        loaded = {child: self.weight(f"{name}.{child}", getattr(mlp, child)) for child in _MLP}
+        loaded = {
+            child: self.layer_weight(f"{name}.{child}", getattr(mlp, child)) for child in _MLP
+        }
         order = act_order.folding_order(loaded["down_proj"][0])
         layers = {}
         for child, (weight, bias) in loaded.items():

@@ -11,7 +11,7 @@ from jax_gptq.nnx import GptqLinear
 def linears(model: nnx.Module) -> dict[str, Any]:
     """Every linear layer by name: `nnx.Linear` where it is float, `GptqLinear` where quantized.
 
-    In the model's order: block by block; the output head too, where it is one.
+    In the model's order, block by block; the output head only where it is quantized.
     """
     found = {
         ".".join(map(str, path)): (path, module)
