@@ -40,7 +40,7 @@ _SLAB_CODES = 1 << 24
 
 
 def target(backend: str, kernel: str) -> str:
-    """Name of the FFI target of `kernel` ("matmul", "dequantize") of a backend; a contract."""
+    """FFI target of a kernel ("matmul", "dequantize", "pack", "unpack"); a contract."""
     return f"jax_gptq.{_MODULES[backend]}.{kernel}.v1"
 
 
@@ -97,7 +97,7 @@ class CudaStore:
 
     @classmethod
     def pack(cls, weight: GptqWeight) -> "CudaStore":
-        """Repack `weight`, on the host, by slabs of columns.
+        """Repack `weight`: by a kernel where it is on a GPU, else on the host by slabs of columns.
 
         Raises:
           LayoutError: `unsupported(weight)` gives a reason.
@@ -105,31 +105,24 @@ class CudaStore:
         reason = cls.unsupported(weight)
         if reason:
             raise LayoutError(f'layout "cuda": {reason}; use layout="reference" or "dense"')
-        k, n, held = weight.in_features, weight.out_features, _held_bits(weight.bits)
         perm = None
         if weight.g_idx is not None:
             perm = np.argsort(np.asarray(weight.g_idx), kind="stable").astype(np.int32)
-        qweight, qzeros = np.asarray(weight.qweight), np.asarray(weight.qzeros)
-        tiles, steps = -(-n // TILE), -(-k // TILE)
-        codes = np.empty((tiles, steps * held // 4, 4, 32, 4), np.uint32)
-        slab = max(1, _SLAB_CODES // (steps * TILE * TILE))
-        for first in range(0, tiles, slab):
-            columns = slice(first * TILE, (first + slab) * TILE)
-            rows = unpack_codes_on_host(qweight[:, columns], weight.bits, k)
-            rows = rows if perm is None else rows[perm]
-            padded = np.zeros((steps * TILE, -(-rows.shape[1] // TILE) * TILE), np.uint8)
-            padded[:k, : rows.shape[1]] = rows
-            padded[k:, : rows.shape[1]] = qzeros[-1, columns]  # dequantizes to zero
-            codes[first : first + slab] = _tile(padded, held)
+        zeros = by_tile(np.asarray(weight.qzeros), TILE)
+        on_device = ffi.has("cuda") and _platform(weight.qweight) == "gpu"
+        if on_device:
+            codes = _pack_on_device(weight, perm, zeros)
+        else:
+            codes = jnp.asarray(_pack_on_host(weight, perm))
         return cls(
-            jnp.asarray(codes),
+            codes,
             jnp.asarray(by_tile(np.asarray(weight.scales), TILE)),
-            jnp.asarray(by_tile(qzeros, TILE)),
+            jnp.asarray(zeros),
             None if perm is None else jnp.asarray(perm),
             weight.bits,
             weight.group_size,
-            k,
-            n,
+            weight.in_features,
+            weight.out_features,
         )
 
     def unpack(self) -> GptqWeight:
@@ -227,6 +220,46 @@ class CudaStore:
 def _held_bits(bits: int) -> int:
     """Width in which a code is held."""
     return 4 if bits <= 4 else 8
+
+
+def _platform(x: Array) -> str:
+    return min(x.devices(), key=lambda d: d.id).platform if isinstance(x, jax.Array) else "cpu"
+
+
+def _codes_shape(weight: GptqWeight) -> tuple[int, ...]:
+    tiles, steps = -(-weight.out_features // TILE), -(-weight.in_features // TILE)
+    return tiles, steps * _held_bits(weight.bits) // 4, 4, 32, 4
+
+
+def _pack_on_device(weight: GptqWeight, perm: np.ndarray | None, zeros: np.ndarray) -> Array:
+    """Codes as tiles, by the repacking kernel."""
+    return jax.ffi.ffi_call(
+        target("cuda", "pack"), jax.ShapeDtypeStruct(_codes_shape(weight), jnp.uint32)
+    )(
+        weight.qweight,
+        zeros,
+        np.zeros(0, np.int32) if perm is None else perm,
+        bits=np.int32(weight.bits),
+        group_size=np.int32(weight.group_size),
+        in_features=np.int32(weight.in_features),
+    )
+
+
+def _pack_on_host(weight: GptqWeight, perm: np.ndarray | None) -> np.ndarray:
+    """Codes as tiles, by slabs of columns."""
+    k, n, held = weight.in_features, weight.out_features, _held_bits(weight.bits)
+    qweight, last_zeros = np.asarray(weight.qweight), np.asarray(weight.qzeros)[-1]
+    codes = np.empty(_codes_shape(weight), np.uint32)
+    padded_k = codes.shape[1] * TILE * 4 // held
+    slab = max(1, _SLAB_CODES // (padded_k * TILE))
+    for first in range(0, len(codes), slab):
+        columns = slice(first * TILE, min((first + slab) * TILE, n))
+        rows = unpack_codes_on_host(qweight[:, columns], weight.bits, k)
+        padded = np.zeros((padded_k, -(-rows.shape[1] // TILE) * TILE), np.uint8)
+        padded[:k, : rows.shape[1]] = rows if perm is None else rows[perm]
+        padded[k:, : rows.shape[1]] = last_zeros[columns]  # dequantizes to zero
+        codes[first : first + slab] = _tile(padded, held)
+    return codes
 
 
 # Axes of codes [K, N] split as the layout needs them, k from the highest: step of 64 or 32, step of
