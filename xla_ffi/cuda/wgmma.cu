@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(wgmma_threads(wgmma_consumers(kBlockN, kBlockM
 template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
 cudaError_t launch_tiles(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
   const WgmmaArguments args = wgmma_arguments(problem, plan);
-  if (args.stages < 3 || args.shared_bytes > kWgmmaSharedBytes) {
+  if (args.stages < 2 || args.shared_bytes > kWgmmaSharedBytes) {
     return cudaErrorInvalidConfiguration;
   }
   const WgmmaMaps maps = wgmma_maps(problem, plan, args);
@@ -43,7 +43,6 @@ cudaError_t launch_block(const Problem& problem, const WgmmaPlan& plan, cudaStre
   }
   JAX_GPTQ_BLOCK(256, 32)
   JAX_GPTQ_BLOCK(256, 64)
-  JAX_GPTQ_BLOCK(256, 128)
   JAX_GPTQ_BLOCK(128, 256)
   JAX_GPTQ_BLOCK(128, 64)
   JAX_GPTQ_BLOCK(128, 128)

@@ -28,10 +28,6 @@
 #include "wgmma.h"
 #include "wgmma_primitives.cuh"
 
-#ifndef TRACE
-#define TRACE(i)
-#endif
-
 namespace jax_gptq::cuda {
 
 constexpr int kWgmmaMaxStages = 10;
@@ -41,12 +37,13 @@ constexpr int kWgmmaSharedBytes = 227 * 1024;
 constexpr int kWgmmaRasterRows = 8;
 
 // Warpgroups that multiply in a block of block_n x block_m, and 64-row tiles of each.
-constexpr int wgmma_consumers(int block_n, int block_m) {
-  return block_n == 256 && block_m <= 128 ? 4 : 2;
-}
+constexpr int wgmma_consumers(int block_n, int block_m) { return block_n == 256 ? 4 : 2; }
 constexpr int wgmma_subtiles(int block_n, int block_m) {
   return block_n / 64 / wgmma_consumers(block_n, block_m);
 }
+// Steps of 64 along K in a stage. Two, where they fit, halve the cost of the barriers.
+constexpr int wgmma_stage_steps(int block_m) { return block_m == 256 ? 1 : 2; }
+
 constexpr int wgmma_threads(int consumers) { return 128 * (consumers + 1); }
 
 // Registers of a thread after the warpgroups have traded: the block starts with
@@ -63,9 +60,10 @@ struct WgmmaStage {
 
 constexpr WgmmaStage wgmma_stage(int block_n, int block_m, int bits, Dtype scale_type,
                                  int group_rows) {
+  const int k = wgmma_stage_steps(block_m) * kStepK;
   WgmmaStage stage{};
-  stage.codes = block_m * kStepK * 2;
-  stage.scales = stage.codes + block_n * kStepK * bits / 8;
+  stage.codes = block_m * k * 2;
+  stage.scales = stage.codes + block_n * k * bits / 8;
   stage.zeros = stage.scales + block_n * group_rows * dtype_bytes(scale_type);
   stage.transferred = stage.zeros + block_n * group_rows;
   stage.size = ceil_div(stage.transferred, 1024) * 1024;
@@ -75,8 +73,9 @@ constexpr WgmmaStage wgmma_stage(int block_n, int block_m, int bits, Dtype scale
 struct WgmmaArguments {
   int m, n;
   int group_size, groups;
-  int group_rows;  // groups that one step can touch: 1, or up to 4 where groups end inside it
-  int steps;       // of 64 along K
+  int group_rows;   // groups that one stage can touch
+  int group_steps;  // steps of 64 of a group, if it ends between steps
+  int stage_count;  // stages along K
   int m_tiles, n_tiles;
   int columns, splits;
   int stages;
@@ -93,12 +92,16 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
   args.m = problem.m;
   args.n = problem.n;
   args.groups = problem.groups;
-  args.steps = steps_k(problem.k);
+  const int stage_k = wgmma_stage_steps(plan.block_m) * kStepK;
+  args.stage_count = ceil_div(problem.k, stage_k);
   // A single group covers all of k and its padding.
-  args.group_size = problem.groups == 1 ? args.steps * kStepK : problem.group_size;
+  args.group_size = problem.groups == 1 ? args.stage_count * stage_k : problem.group_size;
+  args.group_steps = args.group_size / kStepK;
   args.group_rows = 1;
-  if (args.group_size % kStepK != 0) {
-    args.group_rows = args.group_size < kStepK / 2 ? ceil_div(kStepK, args.group_size) : 2;
+  if (args.group_size % stage_k != 0) {
+    // A group may begin before the stage: one more than fits, unless the beginnings coincide.
+    args.group_rows = stage_k % args.group_size == 0 ? stage_k / args.group_size
+                                                     : (stage_k - 1) / args.group_size + 2;
   }
   args.m_tiles = ceil_div(problem.m, plan.block_m);
   args.n_tiles = ceil_div(problem.n, plan.block_n);
@@ -141,32 +144,32 @@ inline WgmmaMaps wgmma_maps(const Problem& problem, const WgmmaPlan& plan,
             {kStepK, plan.block_m / plan.columns, 1},
             true};
   // The codes as 8-byte words, so that a tile is 256 of them: the longest box side there is.
-  const int64_t blocks = int64_t{args.steps} * (problem.bits / 4);
+  const int64_t blocks = int64_t{steps_k(problem.k)} * (problem.bits / 4);
   maps.codes = {problem.codes,
                 problem.type,
                 8,
                 3,
                 {256, blocks, all_tiles},
                 {kTileBytes, blocks * kTileBytes},
-                {256, problem.bits / 4, tiles},
+                {256, wgmma_stage_steps(plan.block_m) * problem.bits / 4, tiles},
                 false};
-  const int64_t row = int64_t{problem.groups} * kTileN;
+  const int64_t groups = problem.groups;
   const int element = dtype_bytes(problem.scale_type);
   maps.scales = {problem.scales,
                  problem.scale_type,
                  element,
-                 2,
-                 {row, all_tiles},
-                 {row * element},
-                 {kTileN * args.group_rows, tiles, 1},
+                 3,
+                 {kTileN, groups, all_tiles},
+                 {kTileN * element, groups * kTileN * element},
+                 {kTileN, args.group_rows, tiles},
                  false};
   maps.zeros = {problem.zeros,
                 problem.type,
                 1,
-                2,
-                {row, all_tiles},
-                {row},
-                {kTileN * args.group_rows, tiles, 1},
+                3,
+                {kTileN, groups, all_tiles},
+                {kTileN, groups * kTileN},
+                {kTileN, args.group_rows, tiles},
                 false};
   maps.y = {problem.y,
             problem.type,
@@ -321,7 +324,6 @@ __device__ __forceinline__ void reduce_splits(const WgmmaArguments& args, uint32
     }
   }
   barrier_wait(barrier, 0);
-  TRACE(7);
   uint16_t* const y = static_cast<uint16_t*>(args.y);
   for (int i = thread; i < mine * kQuads; i += 128 * kConsumers) {
     const int row = i / kQuads;
@@ -358,9 +360,10 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
   constexpr int kConsumers = wgmma_consumers(kBlockN, kBlockM);
   constexpr int kSubtiles = wgmma_subtiles(kBlockN, kBlockM);
   constexpr int kTiles = kBlockN / kTileN;
-  constexpr int kSums = kBlockM / 2;             // f32 accumulators of a lane, per subtile
-  constexpr int kPitch = kBlockN + 4;            // floats of a row of partial sums
-  constexpr int kChunk = kBlockM <= 64 ? 4 : 2;  // limited by registers
+  constexpr int kSteps = wgmma_stage_steps(kBlockM);  // of 64 along K, in a stage
+  constexpr int kSums = kBlockM / 2;                  // f32 accumulators of a lane, per subtile
+  constexpr int kPitch = kBlockN + 4;                 // floats of a row of partial sums
+  constexpr int kChunk = kBlockM <= 64 ? 4 : 2;       // limited by registers
 
   const uint32_t barriers = shared_base();
   const uint32_t stages = barriers + kWgmmaBarrierBytes;
@@ -380,10 +383,8 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
   const int first_work = static_cast<int>(blockIdx.x) / blocks;
   const int work_stride = static_cast<int>(gridDim.x) / blocks;
   const int works = args.m_tiles * ceil_div(args.n_tiles, args.columns);
-  const int first_step = args.steps * split / args.splits;
-  const int last_step = args.steps * (split + 1) / args.splits;
-
-  TRACE(0);
+  const int first_step = args.stage_count * split / args.splits * kSteps;
+  const int last_step = args.stage_count * (split + 1) / args.splits * kSteps;
   if (thread == 0) {
     prefetch_map(&x_map);
     prefetch_map(&code_map);
@@ -403,7 +404,6 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
   } else {
     block_sync();
   }
-  TRACE(1);
 
   if (warpgroup == 0) {
     registers_lower<wgmma_producer_registers(kConsumers)>();
@@ -412,48 +412,48 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     // The warps stay together around the elected lane: operands then sit in uniform registers, as
     // the copy instructions want them.
     const bool elected = elect_one();
-    const int steps_of_group = args.group_size / kStepK;
     const int box_row = column * (kBlockM / args.columns);
     const uint16_t peers = ((1 << args.columns) - 1) << (split * args.columns);
     int stage = 0, phase = 0;
     for (int work = first_work; work < works && warp < 3; work += work_stride) {
       const OutputTile tile = output_tile(args, work, column);
       int group = first_step * kStepK / args.group_size;
-      int steps_left = 0;
+      int steps_left = (group + 1) * args.group_steps - first_step;
 #pragma unroll 1
-      for (int step = first_step; step < last_step; ++step) {
+      for (int step = first_step; step < last_step; step += kSteps) {
         const uint32_t base = stages + stage * args.stage.size;
         bool parameters = true;
-        if (kMode == WgmmaMode::kFine) {
+        if (kMode == WgmmaMode::kFine || args.group_rows > 1) {
           group = group_of(args, step * kStepK);
         } else {
           parameters = step == first_step || steps_left == 0;
           if (steps_left == 0) {
-            if (step > first_step) ++group;
-            steps_left = steps_of_group;
-            if (step == first_step) steps_left -= step % steps_of_group;
+            ++group;
+            steps_left = args.group_steps;
           }
-          --steps_left;
+          steps_left -= kSteps;
         }
         barrier_wait(empty(stage), phase ^ 1);
         if (elected) {
           if (warp == 0) {
             barrier_arrive_expect(full(stage),
                                   parameters ? args.stage.transferred : args.stage.scales);
-            if (args.columns > 1) {
-              copy_box_multicast(base + box_row * 128, &x_map, full(stage), step * kStepK,
-                                 tile.m * kBlockM + box_row, peers);
-            } else {
-              copy_box(base, &x_map, full(stage), step * kStepK, tile.m * kBlockM);
+#pragma unroll
+            for (int i = 0; i < kSteps; ++i) {
+              const uint32_t to = base + i * (kBlockM * 128);
+              if (args.columns > 1) {
+                copy_box_multicast(to + box_row * 128, &x_map, full(stage), (step + i) * kStepK,
+                                   tile.m * kBlockM + box_row, peers);
+              } else {
+                copy_box(to, &x_map, full(stage), (step + i) * kStepK, tile.m * kBlockM);
+              }
             }
           } else if (warp == 1) {
             copy_box(base + args.stage.codes, &code_map, full(stage), 0, step * (kBits / 4),
                      tile.n * kTiles);
           } else if (parameters) {
-            copy_box(base + args.stage.scales, &scale_map, full(stage), group * kTileN,
-                     tile.n * kTiles);
-            copy_box(base + args.stage.zeros, &zero_map, full(stage), group * kTileN,
-                     tile.n * kTiles);
+            copy_box(base + args.stage.scales, &scale_map, full(stage), 0, group, tile.n * kTiles);
+            copy_box(base + args.stage.zeros, &zero_map, full(stage), 0, group, tile.n * kTiles);
           }
         }
         if (++stage == args.stages) {
@@ -468,108 +468,112 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     const int row = 16 * warp + lane / 4;  // of a 64-row tile; the lane also has row + 8
 
     // A chunk is what one group of products covers: kChunk steps of 16 along K.
-    constexpr int kChunks = 4 / kChunk;  // in a step
+    constexpr int kStepChunks = 4 / kChunk;        // in a step
+    constexpr int kChunks = kStepChunks * kSteps;  // in a stage, an even number
     uint32_t fragments[2][kSubtiles][kChunk][4];
     uint4 words[kSubtiles][kBits / 4];  // codes of a step
     WgmmaParameters parameters[kSubtiles];
 
     // Stages are walked three times: to fetch codes, to multiply, to release. Running addresses.
-    const uint32_t stages_end = stages + args.stages * args.stage.size;
-    const uint32_t lane_codes = args.stage.codes + consumer * kSubtiles * step_bytes(kBits) +
+    const uint32_t ring_bytes = args.stages * args.stage.size;
+    const uint32_t lane_codes = args.stage.codes +
+                                consumer * kSubtiles * kSteps * step_bytes(kBits) +
                                 (warp * 32 + lane) * kLaneBytes;
-    uint32_t fetched = stages;        // the stage that is fetched from next,
+    uint32_t fetched = stages;        // the stage that is fetched from,
     uint32_t fetched_full = full(0);  // its barrier,
     int fetched_phase = 0;            // and the parity that the barrier will complete
     uint32_t multiplied = stages;
     // A lane arrives at its own peer's barrier, if it has one.
     uint32_t released = cluster_map(
         empty(0), lane < args.columns ? split * args.columns + lane : split * args.columns);
-    int stages_to_release = args.stages;
+    int to_fetch = args.stages, to_multiply = args.stages, to_release = args.stages;
     int steps_left = 0;  // of the group whose parameters are held
 
-    const auto load_group = [&](uint32_t base, int group_row) {
+    const auto load_group = [&](int group_row) {
 #pragma unroll
       for (int s = 0; s < kSubtiles; ++s) {
         const int index = ((consumer * kSubtiles + s) * args.group_rows + group_row) * kTileN + row;
         parameters[s] = load_parameters<T, kBits, kMode>(
-            base + args.stage.scales, base + args.stage.zeros, index, args.scale_type);
+            fetched + args.stage.scales, fetched + args.stage.zeros, index, args.scale_type);
       }
     };
 
-    // Waits for the data of `step`; reads its codes, and its parameters where a group begins.
-    const auto fetch = [&](int step) {
-      barrier_wait(fetched_full, fetched_phase);
+    // Reads the codes of a step, and its parameters if a group begins; waits for a new stage.
+    const auto fetch = [&](auto step_of_stage) {
+      constexpr int kStep = decltype(step_of_stage)::value;
+      if (kStep == 0) barrier_wait(fetched_full, fetched_phase);
 #pragma unroll
       for (int s = 0; s < kSubtiles; ++s) {
 #pragma unroll
         for (int i = 0; i < kBits / 4; ++i) {
-          words[s][i] =
-              ld_shared<uint4>(fetched + lane_codes + s * step_bytes(kBits) + i * kTileBytes);
+          words[s][i] = ld_shared<uint4>(fetched + lane_codes + i * kTileBytes +
+                                         (s * kSteps + kStep) * step_bytes(kBits));
         }
       }
       if (kMode != WgmmaMode::kFine) {
         if (steps_left == 0) {
-          load_group(fetched, 0);
-          const int steps = args.group_size / kStepK;
-          steps_left = steps - step % steps;
+          load_group(kStep < args.group_rows ? kStep : args.group_rows - 1);
+          steps_left = args.group_steps;
         }
         --steps_left;
       }
     };
 
-    // Chunk `kPart` of the fetched step into fragment `kBuffer`.
-    const auto dequantize_chunk = [&](int step, auto part, auto buffer) {
-      constexpr int kPart = decltype(part)::value;
-      constexpr int kBuffer = decltype(buffer)::value;
+    // Chunk `kIndex` of the fetched stage into a fragment.
+    const auto dequantize_chunk = [&](int step, auto chunk) {
+      constexpr int kIndex = decltype(chunk)::value;
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) {
-        const int at = kPart * kChunk + j;  // steps of 16 since the beginning of this step
+        const int at = kIndex % kStepChunks * kChunk + j;  // steps of 16 in this step of 64
         if (kMode == WgmmaMode::kFine) {
-          const int k = step * kStepK;
-          load_group(fetched, group_of(args, k + kFragmentK * at) - group_of(args, k));
+          const int k = step * kStepK + (kIndex * kChunk + j) * kFragmentK;
+          load_group(group_of(args, k) - group_of(args, step * kStepK));
         }
 #pragma unroll
         for (int s = 0; s < kSubtiles; ++s) {
           if constexpr (kBits == 4) {
             const uint4 w = words[s][0];
-            dequantize4<T, kMode>(fragments[kBuffer][s][j],
+            dequantize4<T, kMode>(fragments[kIndex % 2][s][j],
                                   at < 2 ? (at == 0 ? w.x : w.y) : (at == 2 ? w.z : w.w),
                                   parameters[s]);
           } else {
             const uint4 w = words[s][at / 2];
-            dequantize8<T>(fragments[kBuffer][s][j], at % 2 == 0 ? w.x : w.z,
+            dequantize8<T>(fragments[kIndex % 2][s][j], at % 2 == 0 ? w.x : w.z,
                            at % 2 == 0 ? w.y : w.w, parameters[s]);
           }
         }
       }
-      if (kPart == kChunks - 1) {
+      if (kIndex == kChunks - 1) {
         fetched += args.stage.size;
         fetched_full += 16;
-        if (fetched == stages_end) {
-          fetched = stages;
-          fetched_full = full(0);
+        if (--to_fetch == 0) {
+          to_fetch = args.stages;
+          fetched -= ring_bytes;
+          fetched_full -= 16 * args.stages;
           fetched_phase ^= 1;
         }
       }
     };
 
-    const auto multiply_chunk = [&](auto& sums, auto part, auto buffer) {
-      constexpr int kPart = decltype(part)::value;
-      constexpr int kBuffer = decltype(buffer)::value;
-      const uint64_t x = swizzled_descriptor(multiplied);
+    const auto multiply_chunk = [&](auto& sums, auto chunk) {
+      constexpr int kIndex = decltype(chunk)::value;
+      const uint64_t x = swizzled_descriptor(multiplied + kIndex / kStepChunks * (kBlockM * 128));
       wgmma_fence();
 #pragma unroll
       for (int s = 0; s < kSubtiles; ++s) {
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) {
-          Wgmma<T, kBlockM>::multiply(sums[s], fragments[kBuffer][s][j],
-                                      x + 2 * (kPart * kChunk + j));
+          Wgmma<T, kBlockM>::multiply(sums[s], fragments[kIndex % 2][s][j],
+                                      x + 2 * (kIndex % kStepChunks * kChunk + j));
         }
       }
       wgmma_commit();
-      if (kPart == kChunks - 1) {
+      if (kIndex == kChunks - 1) {
         multiplied += args.stage.size;
-        if (multiplied == stages_end) multiplied = stages;
+        if (--to_multiply == 0) {
+          to_multiply = args.stages;
+          multiplied -= ring_bytes;
+        }
       }
     };
 
@@ -578,15 +582,29 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       warp_sync();
       if (lane < args.columns) barrier_arrive_cluster(released);
       released += 16;
-      if (--stages_to_release == 0) {
+      if (--to_release == 0) {
+        to_release = args.stages;
         released -= 16 * args.stages;
-        stages_to_release = args.stages;
       }
     };
 
-    constexpr std::integral_constant<int, 0> kFirst{};
-    constexpr std::integral_constant<int, 1> kSecond{};
-    constexpr std::integral_constant<int, kChunks - 1> kLastPart{};
+    // The products of chunk `kIndex` and, under them, the dequantization of the chunk after it,
+    // from codes that were fetched before; where those are used up, the next are fetched.
+    const auto work_on_chunk = [&](auto& sums, int step, auto chunk) {
+      constexpr int kIndex = decltype(chunk)::value;
+      constexpr int kNext = (kIndex + 1) % kChunks;
+      multiply_chunk(sums, chunk);
+      wgmma_wait<1>();
+      if (kIndex == 0 && step > first_step) release();
+      if (kNext == 0 && step + kSteps == last_step) return;
+      dequantize_chunk(kNext == 0 ? step + kSteps : step, std::integral_constant<int, kNext>{});
+      if (kNext % kStepChunks == kStepChunks - 1) {
+        constexpr int kNextStep = (kNext / kStepChunks + 1) % kSteps;
+        const bool last =
+            kNextStep == 0 && (kNext == 0 ? step + 2 * kSteps : step + kSteps) == last_step;
+        if (!last) fetch(std::integral_constant<int, kNextStep>{});
+      }
+    };
 
     for (int work = first_work; work < works; work += work_stride) {
       const OutputTile tile = output_tile(args, work, column);
@@ -596,43 +614,27 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sums[s][i] = 0.0f;
       }
-      steps_left = 0;
       if (first_step < last_step) {
-        fetch(first_step);
-        TRACE(2);
-        dequantize_chunk(first_step, kFirst, kFirst);
-        if (kChunks == 1 && first_step + 1 < last_step) fetch(first_step + 1);
-        // While the products of a chunk are under way, the next is dequantized, from codes that
-        // were fetched before. Fragments alternate, so the loop's body holds two chunks: a step,
-        // or two steps of one chunk each.
+        constexpr std::integral_constant<int, 0> kFirst{};
+        steps_left = 0;
+        fetch(kFirst);
+        if (kMode != WgmmaMode::kFine) {
+          steps_left = args.group_steps - first_step % args.group_steps - 1;
+        }
+        dequantize_chunk(first_step, kFirst);
+        if (kStepChunks == 1) fetch(std::integral_constant<int, 1 % kSteps>{});
 #pragma unroll 1
-        for (int step = first_step; step < last_step; step += 2 / kChunks) {
-          multiply_chunk(sums, kFirst, kFirst);
-          wgmma_wait<1>();
-          if (step > first_step) release();
-          if (kChunks == 1) {
-            if (step + 1 == last_step) break;
-            dequantize_chunk(step + 1, kFirst, kSecond);
-            if (step + 2 < last_step) fetch(step + 2);
-            multiply_chunk(sums, kFirst, kSecond);
-            wgmma_wait<1>();
-            release();
-            if (step + 2 < last_step) {
-              dequantize_chunk(step + 2, kFirst, kFirst);
-              if (step + 3 < last_step) fetch(step + 3);
-            }
-          } else {
-            dequantize_chunk(step, kLastPart, kSecond);
-            if (step + 1 < last_step) fetch(step + 1);
-            multiply_chunk(sums, kLastPart, kSecond);
-            wgmma_wait<1>();
-            if (step + 1 < last_step) dequantize_chunk(step + 1, kFirst, kFirst);
+        for (int step = first_step; step < last_step; step += kSteps) {
+          work_on_chunk(sums, step, kFirst);
+          work_on_chunk(sums, step, std::integral_constant<int, 1>{});
+          if constexpr (kChunks == 4) {
+            work_on_chunk(sums, step, std::integral_constant<int, 2>{});
+            work_on_chunk(sums, step, std::integral_constant<int, 3>{});
           }
         }
         wgmma_wait<0>();
         release();
       }
-      TRACE(3);
 
       const int tile0 = tile.n * kTiles + consumer * kSubtiles;  // this warpgroup's first tile
       if (args.splits > 1) {
@@ -702,13 +704,11 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       }
     }
     if (thread % 128 == 0) store_wait_read();
-    TRACE(4);
     if (args.splits > 1) {
       // The other blocks, too, have done with their stages, where the sums will be sent.
       named_barrier(1, 128 * kConsumers);
       cluster_arrive_relaxed();
       cluster_wait();
-      TRACE(5);
       reduce_splits<T, kConsumers, kBlockN, kBlockM>(args, stages, stages + kBlockM * kPitch * 4,
                                                      reduced, output_tile(args, first_work, column),
                                                      column, split);
@@ -725,7 +725,6 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     cluster_arrive_relaxed();
     cluster_wait();
   }
-  TRACE(6);
 }
 
 }  // namespace jax_gptq::cuda

@@ -7,19 +7,26 @@ namespace jax_gptq::cuda {
 
 // Output features and rows of x of a block, and the cluster it works in.
 struct WgmmaPlan {
-  int block_n = 0;   // 128 or 256
-  int block_m = 0;   // 32, 64, 128 (block_n 256) or 256 (block_n 128)
-  int columns = 1;   // blocks of a cluster that share rows of x by multicast: 1, 2 or 4
+  int block_n = 0;  // 256 with block_m 32 or 64; 128 with block_m 64, 128 or 256
+  int block_m = 0;
+  int columns = 1;   // blocks of a cluster that share rows of x by multicast: 1 or 2
   int splits = 1;    // blocks of a cluster that share an output tile, each with a part of k
   int clusters = 0;  // clusters launched; each walks over output tiles if splits is 1
 };
+
+// Clusters of `blocks` blocks, one block per multiprocessor, that are resident at once: what
+// cudaOccupancyMaxActiveClusters says on an H200, whose processing clusters are of unequal size.
+constexpr int wgmma_resident_clusters(int blocks, int processors) {
+  constexpr int kOn132[] = {132, 66, 39, 30, 22, 17, 15, 15};
+  return kOn132[blocks - 1] * processors / 132;
+}
 
 // Clusters to launch for `plan`: one per output tile (of `columns` blocks) if K is split, else no
 // more than are resident at once.
 constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int processors) {
   const int tiles =
       ceil_div(problem.m, plan.block_m) * ceil_div(ceil_div(problem.n, plan.block_n), plan.columns);
-  const int resident = processors / plan.columns;
+  const int resident = wgmma_resident_clusters(plan.columns * plan.splits, processors);
   return plan.splits > 1 || tiles < resident ? tiles : resident;
 }
 

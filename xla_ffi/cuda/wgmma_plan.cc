@@ -7,12 +7,32 @@ bool wgmma_supported(const Problem& problem) {
   return problem.k % 8 == 0 && (problem.groups == 1 || problem.group_size % 16 == 0);
 }
 
+// From the measurements in docs/h200_notes.md.
 WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   WgmmaPlan plan;
-  plan.block_m = problem.m <= 32 ? 32 : problem.m <= 64 ? 64 : problem.m <= 128 ? 128 : 256;
-  plan.block_n = plan.block_m == 256 ? 128 : 256;
-  const int tiles = ceil_div(problem.n, plan.block_n) * ceil_div(problem.m, plan.block_m);
-  while (plan.splits < 8 && tiles * plan.splits * 2 <= device.processors) plan.splits *= 2;
+  const auto tiles = [&](int block_n, int block_m) {
+    return ceil_div(problem.n, block_n) * ceil_div(problem.m, block_m);
+  };
+  const int half = wgmma_resident_clusters(2, device.processors);
+  plan.block_n = 128;
+  if (problem.m <= 32) {
+    plan.block_n = 256;
+    plan.block_m = 32;
+  } else if (problem.m <= 64) {
+    plan.block_m = 64;
+  } else if (problem.m <= 128 || tiles(128, 256) <= half) {
+    plan.block_m = 128;
+  } else {
+    plan.block_m = 256;
+    if (problem.m > 256) plan.columns = 2;
+  }
+  // As many splits of K as keep every tile's cluster resident. More than 6 cost more in sums sent
+  // around than the idle multiprocessors would.
+  const int count = tiles(plan.block_n, plan.block_m);
+  while (plan.columns == 1 && plan.splits < 6 &&
+         count <= wgmma_resident_clusters(plan.splits + 1, device.processors)) {
+    ++plan.splits;
+  }
   plan.clusters = wgmma_clusters(problem, plan, device.processors);
   return plan;
 }

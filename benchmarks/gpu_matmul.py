@@ -1,0 +1,250 @@
+"""One 4-bit linear layer on a GPU, through the public API: this package beside cuBLAS in bf16.
+
+    python benchmarks/gpu_matmul.py [--shapes 4096x4096,...] [--rows 1,2,...] [--seconds 0.1]
+
+Shapes are K x N. Every number is checked first: sampled rows of the result against float64. Then a
+jitted chain of products over rotating weights, at least 256 MB of them so that none is left in the
+cache, is replayed; XLA records such a chain as CUDA graphs (command buffers). Reported is the
+median time of one product. Group size 128, asymmetric zero points, x in bfloat16.
+
+Contenders: `ours` with bfloat16 scales (class A up to 16 rows, class B above), `ours f16 scales`,
+`dequantize` (class C: the weight is dequantized by a kernel and XLA multiplies), `reference` (the
+jnp path) and `cublas` (x @ W with W in bfloat16).
+
+Writes benchmarks/results/gpu_matmul.json and .png. Needs a GPU, and the package built with CUDA.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_gptq
+from jax_gptq import ffi
+from jax_gptq.reference import dequantize
+from jax_gptq.stores.cuda import CudaStore
+
+GROUP = 128
+RESULTS = Path(__file__).parent / "results"
+SHAPES = "4096x4096,4096x14336,14336x4096,8192x28672,28672x8192"
+ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
+# Microseconds on an H200 that this package aims at, by rows (up to) and by weight.
+GOALS = {
+    16: (3.8, 9.0, 31.5),
+    64: (5.5, 12.7, 51.0),
+    256: (14.0, 45.0, 179.0),
+    4096: (189.0, 662.0, 2650.0),
+}
+GOAL_WEIGHTS = (4096 * 4096, 4096 * 14336, 8192 * 28672)
+Chain = Callable[[jax.Array, list], jax.Array]
+
+
+def random_weight(k: int, n: int, scale_dtype: jnp.dtype) -> jax_gptq.GptqWeight:
+    keys = jax.random.split(jax.random.key(k + n), 3)
+    return jax_gptq.GptqWeight(
+        jax.random.bits(keys[0], (k // 8, n), jnp.uint32),
+        jax.random.uniform(keys[1], (k // GROUP, n), jnp.float32, 0.005, 0.015).astype(scale_dtype),
+        jax.random.randint(keys[2], (k // GROUP, n), 0, 16).astype(jnp.uint8),
+        None,
+        4,
+        GROUP,
+        k,
+        n,
+    )
+
+
+def rotating(store: CudaStore, count: int) -> list[CudaStore]:
+    """`count` stores with other random codes."""
+    keys = jax.random.split(jax.random.key(7), count)
+    make = jax.jit(lambda key: jax.random.bits(key, store.codes.shape, jnp.uint32))
+    return [dataclasses.replace(store, codes=make(key)) for key in keys]
+
+
+def chain(product: Callable) -> Chain:
+    """One product per weight, each made to wait for the one before."""
+
+    @jax.jit
+    def run(x, weights):
+        y = None
+        for weight in weights:
+            y = product(x, weight)
+            x, y = jax.lax.optimization_barrier((x, y))
+        return y
+
+    return run
+
+
+def microseconds(run: Chain, x: jax.Array, weights: list, seconds: float) -> float:
+    """Median over replays of the time of one product."""
+    run(x, weights).block_until_ready()
+    start = time.perf_counter()
+    run(x, weights).block_until_ready()
+    # Several chains per sample, started one after the other, hide what the host does.
+    chains = max(2, min(50, int(0.02 / (time.perf_counter() - start))))
+    samples = []
+    begin = time.perf_counter()
+    while len(samples) < 5 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        for _ in range(chains):
+            y = run(x, weights)
+        y.block_until_ready()
+        samples.append((time.perf_counter() - start) / chains)
+    return statistics.median(samples) * 1e6 / len(weights)
+
+
+def relative_error(y: jax.Array, x: jax.Array, dense: jax.Array) -> float:
+    """Of up to 32 sampled rows, against float64."""
+    rows = np.unique(np.linspace(0, len(x) - 1, 32).astype(int))
+    with jax.enable_x64(True):
+        expected = x[rows].astype(jnp.float64) @ dense.astype(jnp.float64)
+        difference = y[rows].astype(jnp.float64) - expected
+        return float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))
+
+
+def ceilings() -> dict[str, float]:
+    """Measured limits of the device: copy bandwidth, and the bf16 product of 8192^3."""
+    data = jnp.zeros(1 << 30, jnp.int32)
+    copy = chain(lambda x, _: x + 1)
+    gigabytes = 2 * data.nbytes / microseconds(copy, data, [0], 0.2) / 1e3
+    a, b = jax.random.normal(jax.random.key(0), (2, 8192, 8192), jnp.bfloat16)
+    tflops = 2 * 8192**3 / microseconds(chain(jnp.matmul), a, [b, b], 0.3) / 1e6
+    return {"copy GB/s": round(gigabytes), "bf16 TFLOP/s": round(tflops)}
+
+
+def goal(k: int, n: int, rows: int) -> float | None:
+    if k * n not in GOAL_WEIGHTS:
+        return None
+    column = GOAL_WEIGHTS.index(k * n)
+    return next((times[column] for upto, times in GOALS.items() if rows <= upto), None)
+
+
+def measure(k: int, n: int, rows: list[int], seconds: float) -> list[dict]:
+    weights = {dtype: random_weight(k, n, dtype) for dtype in (jnp.bfloat16, jnp.float16)}
+    stores = {dtype: jax_gptq.prepare(w, layout="cuda") for dtype, w in weights.items()}
+    dense = jax.jit(dequantize)(weights[jnp.bfloat16])
+    dense16 = jax.jit(dequantize)(weights[jnp.float16])
+    count = max(4, -(-(256 << 20) // stores[jnp.bfloat16].codes.nbytes))
+    packed = {dtype: rotating(store, count) for dtype, store in stores.items()}
+    bf16 = [
+        dense.astype(jnp.bfloat16) * f for f in range(1, 1 + max(2, (256 << 20) // (2 * k * n)))
+    ]
+
+    def ours(x, store):
+        return jax_gptq.gptq_matmul(x, store, backend="cuda")
+
+    def class_c(x, store):
+        return store._dequantize_then_dot(x, None, "cuda")
+
+    results = []
+    for m in rows:
+        x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
+        contenders = {
+            "ours": (ours, packed[jnp.bfloat16], stores[jnp.bfloat16], dense),
+            "cublas": (jnp.matmul, bf16, None, None),
+        }
+        if m in (16, 64, 256, 4096):
+            contenders["ours f16 scales"] = (
+                ours,
+                packed[jnp.float16],
+                stores[jnp.float16],
+                dense16,
+            )
+        if m in (256, 1024, 4096):
+            contenders["dequantize"] = (
+                class_c,
+                packed[jnp.bfloat16],
+                stores[jnp.bfloat16],
+                dense,
+            )
+        if m in (1, 256, 4096) and k * n <= 4096 * 14336:
+            contenders["reference"] = (
+                lambda x, w: jax_gptq.gptq_matmul(x, w, backend="reference"),
+                [weights[jnp.bfloat16]],
+                weights[jnp.bfloat16],
+                dense,
+            )
+        result = {"k": k, "n": n, "rows": m, "goal": goal(k, n, m), "us": {}, "error": {}}
+        for name, (product, rotation, checked, exact) in contenders.items():
+            if checked is not None:
+                error = relative_error(jax.jit(product)(x, checked), x, exact)
+                assert error < 5e-3, f"{name}, {k} x {n}, {m} rows: relative error {error}"
+                result["error"][name] = error
+            result["us"][name] = round(microseconds(chain(product), x, rotation, seconds), 2)
+        results.append(result)
+        times = "  ".join(f"{name} {us:.1f}" for name, us in result["us"].items())
+        print(
+            f"{k:>6} x {n:<6} m {m:<5} goal {result['goal'] or '':<6} {times}"
+            f"  error {result['error']['ours']:.1e}",
+            flush=True,
+        )
+    return results
+
+
+def plot(data: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = sorted({(r["k"], r["n"]) for r in data["results"]}, key=lambda s: (s[0] * s[1], s))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), squeeze=False)
+    for axis, (k, n) in zip(axes[0], shapes, strict=True):
+        rows = [r for r in data["results"] if (r["k"], r["n"]) == (k, n)]
+        for name in ("cublas", "ours", "ours f16 scales", "dequantize"):
+            points = [(r["rows"], r["us"][name]) for r in rows if name in r["us"]]
+            if points:
+                axis.loglog(*zip(*points, strict=True), "o-", label=name, markersize=3)
+        points = [(r["rows"], r["goal"]) for r in rows if r["goal"]]
+        if points:
+            axis.loglog(*zip(*points, strict=True), "k:", label="goal")
+        axis.set_title(f"K {k}, N {n}")
+        axis.set_xlabel("rows of x")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("microseconds")
+    axes[0][0].legend()
+    figure.suptitle(f"{data['device']}, 4-bit weights, group {GROUP}, bf16 activations")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=SHAPES, help="K x N, by commas")
+    parser.add_argument("--rows", default=ROWS)
+    parser.add_argument("--seconds", type=float, default=0.05, help="of replays per number")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_matmul.json")
+    args = parser.parse_args()
+    if jax.default_backend() != "gpu" or not ffi.has("cuda"):
+        parser.error("needs a GPU and jax_gptq built with CUDA")
+    data = {
+        "device": jax.devices()[0].device_kind,
+        "driver": driver_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "jax": jax.__version__,
+        "ceilings": ceilings(),
+        "results": [],
+    }
+    print(data)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for shape in args.shapes.split(","):
+        k, n = map(int, shape.split("x"))
+        data["results"] += measure(k, n, [int(m) for m in args.rows.split(",")], args.seconds)
+        args.out.write_text(json.dumps(data, indent=1) + "\n")
+    plot(data, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

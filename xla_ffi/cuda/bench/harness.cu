@@ -1,0 +1,535 @@
+// Standalone harness of the CUDA kernels: no XLA, no Python.
+//
+//   harness check                 every format and odd shapes against float64, poisoned outputs,
+//                                 100 runs bit for bit
+//   harness ceilings              copy bandwidth, read bandwidth, an empty graph node
+//   harness tune M N K [seconds]  every plan of the sm_90a kernel, fastest first
+//   harness bench                 the plan table's choice at the published shapes
+//
+// Times are CUDA graph replays over at least 256 MB of rotating weights, so that every launch
+// reads its weight from device memory.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../wgmma_launch.h"
+
+namespace {
+
+using namespace jax_gptq::cuda;
+
+#define CHECK(call)                                                      \
+  do {                                                                   \
+    const cudaError_t error_ = (call);                                   \
+    if (error_ != cudaSuccess) {                                         \
+      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
+                   cudaGetErrorString(error_));                          \
+      std::exit(1);                                                      \
+    }                                                                    \
+  } while (0)
+
+int multiprocessors() {
+  static const int count = [] {
+    int value;
+    CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 0));
+    return value;
+  }();
+  return count;
+}
+
+// ---- Random data on the device ---------------------------------------------------------------
+
+__device__ uint32_t hash(uint64_t i, uint32_t seed) {
+  uint64_t z = i * 0x9E3779B97F4A7C15ull + (uint64_t(seed) << 32) + 0x632BE59BD9B4E019ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return uint32_t(z >> 32);
+}
+
+__device__ float normal(uint64_t i, uint32_t seed) {
+  const float u = (hash(2 * i, seed) + 1.0f) * 2.3283064e-10f;
+  const float v = hash(2 * i + 1, seed) * 2.3283064e-10f;
+  return sqrtf(-2.0f * logf(fminf(u, 1.0f))) * cospif(2.0f * v);
+}
+
+__global__ void fill_bits(uint32_t* data, size_t count, uint32_t seed) {
+  for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count;
+       i += size_t(gridDim.x) * blockDim.x) {
+    data[i] = hash(i, seed);
+  }
+}
+
+__device__ void put(void* data, size_t i, Dtype dtype, float value) {
+  if (dtype == Dtype::kF32) static_cast<float*>(data)[i] = value;
+  if (dtype == Dtype::kBf16) static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(value);
+  if (dtype == Dtype::kF16) static_cast<__half*>(data)[i] = __float2half(value);
+}
+
+__host__ __device__ float get(const void* data, size_t i, Dtype dtype) {
+  if (dtype == Dtype::kF32) return static_cast<const float*>(data)[i];
+  if (dtype == Dtype::kBf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+  return __half2float(static_cast<const __half*>(data)[i]);
+}
+
+// kind 0: normal; 1: positive scales around 0.01; 2: small integers; 3: powers of two.
+__global__ void fill_values(void* data, size_t count, Dtype dtype, int kind, uint32_t seed) {
+  for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count;
+       i += size_t(gridDim.x) * blockDim.x) {
+    float value = 0;
+    if (kind == 0) value = normal(i, seed);
+    if (kind == 1) value = 0.005f + 0.01f * (hash(i, seed) * 2.3283064e-10f);
+    if (kind == 2) value = float(int(hash(i, seed) % 5) - 2);
+    if (kind == 3) value = exp2f(-float(hash(i, seed) % 3));
+    put(data, i, dtype, value);
+  }
+}
+
+__global__ void fill_zero_points(uint8_t* data, size_t count, int bits, uint32_t seed) {
+  for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count;
+       i += size_t(gridDim.x) * blockDim.x) {
+    data[i] = hash(i, seed) & ((1 << bits) - 1);
+  }
+}
+
+// ---- The reference ---------------------------------------------------------------------------
+
+struct Layout {
+  int bits, k_tiles, groups, group_size;
+};
+
+// Code of W[k, n] in the tile layout, read one at a time.
+__device__ uint32_t code_at(const uint8_t* qweight, Layout layout, int k, int n) {
+  const int row = n % 16, column = k % 16;
+  const int lane = row % 8 * 4 + column % 8 / 2;
+  const int reg = column / 8 * 2 + row / 8;
+  const int warp = n % 64 / 16;
+  const size_t tile = size_t(n / 64) * layout.k_tiles + k / 64;
+  if (layout.bits == 4) {
+    const uint8_t* at = qweight + tile * 2048 + (warp * 32 + lane) * 16 + k % 64 / 16 * 4;
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(at);
+    return word >> (4 * reg + 16 * (column % 2)) & 15;
+  }
+  const uint8_t* at =
+      qweight + tile * 4096 + k % 64 / 32 * 2048 + (warp * 32 + lane) * 16 + k % 32 / 16 * 8;
+  return at[reg / 2 * 4 + reg % 2 + column % 2 * 2];
+}
+
+__global__ void dequantize_reference(float* w, const uint8_t* qweight, const void* scales,
+                                     Dtype scale_dtype, const uint8_t* qzeros, Layout layout,
+                                     int n_all, int k_all) {
+  const int n = blockIdx.x * blockDim.x + threadIdx.x;
+  const int k = blockIdx.y;
+  if (n >= n_all) return;
+  const int group = min(k / layout.group_size, layout.groups - 1);
+  const size_t at = (size_t(n / 64) * layout.groups + group) * 64 + n % 64;
+  w[size_t(k) * n_all + n] =
+      get(scales, at, scale_dtype) * (int(code_at(qweight, layout, k, n)) - int(qzeros[at]));
+}
+
+__global__ void multiply_reference(double* y, const void* x, Dtype dtype, const float* w,
+                                   const void* bias, Dtype bias_dtype, const int* rows, int n_all,
+                                   int k_all) {
+  const int n = blockIdx.x * blockDim.x + threadIdx.x;
+  if (n >= n_all) return;
+  const int m = rows[blockIdx.y];
+  double sum = 0;
+  for (int k = 0; k < k_all; ++k) {
+    sum += double(get(x, size_t(m) * k_all + k, dtype)) * w[size_t(k) * n_all + n];
+  }
+  if (bias != nullptr) sum += get(bias, n, bias_dtype);
+  y[size_t(blockIdx.y) * n_all + n] = sum;
+}
+
+// ---- A problem with its buffers --------------------------------------------------------------
+
+struct Case {
+  int m, n, k, bits = 4, group_size = 128;
+  Dtype dtype = Dtype::kBf16, scale_dtype = Dtype::kBf16;
+  bool bias = false;
+  bool exact = false;  // small integers and power-of-two scales: the result must be exact
+  int copies = 1;      // rotating weights
+};
+
+class Buffers {
+ public:
+  explicit Buffers(const Case& c) : c_(c) {
+    k_tiles_ = ceil_div(c.k, 64);
+    n_tiles_ = ceil_div(c.n, 64);
+    group_ = c.group_size <= 0 ? c.k : c.group_size;
+    groups_ = ceil_div(c.k, group_);
+    weight_bytes_ = size_t(n_tiles_) * k_tiles_ * 512 * c.bits;
+    parameters_ = size_t(n_tiles_) * groups_ * 64;
+    const int element = c.scale_dtype == Dtype::kF32 ? 4 : 2;
+    for (int i = 0; i < c.copies; ++i) {
+      qweight_.push_back(allocate(weight_bytes_));
+      scales_.push_back(allocate(parameters_ * element));
+      qzeros_.push_back(allocate(parameters_));
+      fill_bits<<<1024, 256>>>(static_cast<uint32_t*>(qweight_[i]), weight_bytes_ / 4, 100 + i);
+      fill_values<<<256, 256>>>(scales_[i], parameters_, c.scale_dtype, c.exact ? 3 : 1, 200 + i);
+      fill_zero_points<<<256, 256>>>(static_cast<uint8_t*>(qzeros_[i]), parameters_, c.bits,
+                                     300 + i);
+    }
+    x_ = allocate(size_t(c.m) * c.k * 2);
+    y_ = allocate(size_t(c.m) * c.n * 2);
+    fill_values<<<256, 256>>>(x_, size_t(c.m) * c.k, c.dtype, c.exact ? 2 : 0, 1);
+    if (c.bias) {
+      bias_ = allocate(size_t(c.n) * 4);
+      fill_values<<<16, 256>>>(bias_, c.n, Dtype::kF32, c.exact ? 2 : 0, 2);
+    }
+    CHECK(cudaDeviceSynchronize());
+  }
+  ~Buffers() {
+    for (void* p : all_) cudaFree(p);
+  }
+
+  Problem problem(int copy = 0) const {
+    Problem p;
+    p.m = c_.m;
+    p.n = c_.n;
+    p.k = c_.k;
+    p.bits = c_.bits;
+    p.group_size = group_;
+    p.groups = groups_;
+    p.type = c_.dtype;
+    p.scale_type = c_.scale_dtype;
+    p.x = x_;
+    p.codes = qweight_[copy];
+    p.scales = scales_[copy];
+    p.zeros = qzeros_[copy];
+    p.bias = static_cast<const float*>(bias_);
+    p.y = y_;
+    return p;
+  }
+
+  size_t bytes() const {
+    return weight_bytes_ + parameters_ * (c_.scale_dtype == Dtype::kF32 ? 5 : 3) +
+           size_t(c_.m) * (c_.k + c_.n) * 2;
+  }
+
+  void poison() { CHECK(cudaMemset(y_, 0xff, size_t(c_.m) * c_.n * 2)); }
+
+  std::vector<uint16_t> output() const {
+    std::vector<uint16_t> y(size_t(c_.m) * c_.n);
+    CHECK(cudaMemcpy(y.data(), y_, y.size() * 2, cudaMemcpyDeviceToHost));
+    return y;
+  }
+
+  // Relative Frobenius error of the sampled rows; the float64 result is computed once.
+  double error() {
+    if (reference_.empty()) {
+      const int count = std::min(c_.m, 64);
+      for (int i = 0; i < count; ++i) rows_.push_back(int(int64_t(i) * c_.m / count));
+      rows_.back() = c_.m - 1;
+      float* w = static_cast<float*>(allocate(size_t(c_.n) * c_.k * 4));
+      int* rows = static_cast<int*>(allocate(count * 4));
+      double* y = static_cast<double*>(allocate(size_t(count) * c_.n * 8));
+      CHECK(cudaMemcpy(rows, rows_.data(), count * 4, cudaMemcpyHostToDevice));
+      const Layout layout{c_.bits, k_tiles_, groups_, group_};
+      dequantize_reference<<<dim3(ceil_div(c_.n, 128), c_.k), 128>>>(
+          w, static_cast<uint8_t*>(qweight_[0]), scales_[0], c_.scale_dtype,
+          static_cast<uint8_t*>(qzeros_[0]), layout, c_.n, c_.k);
+      multiply_reference<<<dim3(ceil_div(c_.n, 128), count), 128>>>(y, x_, c_.dtype, w, bias_,
+                                                                    Dtype::kF32, rows, c_.n, c_.k);
+      reference_.resize(size_t(count) * c_.n);
+      CHECK(cudaMemcpy(reference_.data(), y, reference_.size() * 8, cudaMemcpyDeviceToHost));
+    }
+    const std::vector<uint16_t> y = output();
+    double difference = 0, norm = 0;
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      for (int n = 0; n < c_.n; ++n) {
+        const double expected = reference_[r * c_.n + n];
+        const double found = get(y.data(), size_t(rows_[r]) * c_.n + n, c_.dtype);
+        difference += (found - expected) * (found - expected);
+        norm += expected * expected;
+      }
+    }
+    return std::sqrt(difference / norm);
+  }
+
+  bool unwritten() const {
+    for (uint16_t v : output()) {
+      if (v == 0xffff) return true;
+    }
+    return false;
+  }
+
+ private:
+  void* allocate(size_t bytes) {
+    void* p;
+    CHECK(cudaMalloc(&p, std::max<size_t>(bytes, 256)));
+    CHECK(cudaMemset(p, 0xff, std::max<size_t>(bytes, 256)));
+    all_.push_back(p);
+    return p;
+  }
+
+  Case c_;
+  int k_tiles_, n_tiles_, group_, groups_;
+  size_t weight_bytes_, parameters_;
+  std::vector<void*> all_, qweight_, scales_, qzeros_;
+  void *x_ = nullptr, *y_ = nullptr, *bias_ = nullptr;
+  std::vector<int> rows_;
+  std::vector<double> reference_;
+};
+
+int rotating_copies(const Case& c) {
+  const size_t bytes = size_t(ceil_div(c.n, 64)) * ceil_div(c.k, 64) * 512 * c.bits;
+  return int((size_t(256) << 20) / bytes) + 1;
+}
+
+// ---- Timing ----------------------------------------------------------------------------------
+
+// Microseconds of one launch: a graph of `launches` calls, replayed; the median of the replays.
+double time_graph(int launches, const std::function<cudaError_t(int, cudaStream_t)>& launch,
+                  double seconds = 0.03) {
+  cudaStream_t stream;
+  CHECK(cudaStreamCreate(&stream));
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < launches; ++i) {
+    const cudaError_t error = launch(i, stream);
+    if (error != cudaSuccess) {
+      cudaStreamEndCapture(stream, &graph);
+      cudaGetLastError();
+      return -1;
+    }
+  }
+  CHECK(cudaStreamEndCapture(stream, &graph));
+  CHECK(cudaGraphInstantiate(&executable, graph, 0));
+  cudaEvent_t start, stop;
+  CHECK(cudaEventCreate(&start));
+  CHECK(cudaEventCreate(&stop));
+  CHECK(cudaGraphLaunch(executable, stream));
+  CHECK(cudaStreamSynchronize(stream));
+  std::vector<double> times;
+  double total = 0;
+  while (times.size() < 5 || (total < seconds * 1e6 && times.size() < 200)) {
+    CHECK(cudaEventRecord(start, stream));
+    CHECK(cudaGraphLaunch(executable, stream));
+    CHECK(cudaEventRecord(stop, stream));
+    CHECK(cudaEventSynchronize(stop));
+    float ms;
+    CHECK(cudaEventElapsedTime(&ms, start, stop));
+    times.push_back(ms * 1e3 / launches);
+    total += ms * 1e3;
+  }
+  CHECK(cudaEventDestroy(start));
+  CHECK(cudaEventDestroy(stop));
+  CHECK(cudaGraphExecDestroy(executable));
+  CHECK(cudaGraphDestroy(graph));
+  CHECK(cudaStreamDestroy(stream));
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+// ---- Commands --------------------------------------------------------------------------------
+
+cudaError_t launch_plan(const Problem& problem, WgmmaPlan plan, cudaStream_t stream) {
+  plan.clusters = wgmma_clusters(problem, plan, multiprocessors());
+  return launch_wgmma(problem, plan, stream);
+}
+
+std::vector<WgmmaPlan> plans(int m) {
+  std::vector<WgmmaPlan> result;
+  for (int block_m : {32, 64, 128, 256}) {
+    if (m <= block_m / 2 && block_m > 32) continue;
+    if (m > 4 * block_m && block_m < 128) continue;
+    for (int block_n : {128, 256}) {
+      if (block_m == (block_n == 128 ? 32 : 256)) continue;
+      for (int columns : {1, 2}) {
+        for (int splits = 1; splits <= 8; ++splits) {
+          if (columns * splits <= 8) result.push_back({block_n, block_m, columns, splits});
+        }
+      }
+    }
+  }
+  return result;
+}
+
+std::string name(const WgmmaPlan& p) {
+  char text[64];
+  std::snprintf(text, sizeof text, "n%d m%d cols %d splits %d", p.block_n, p.block_m, p.columns,
+                p.splits);
+  return text;
+}
+
+double limit(Dtype dtype) { return dtype == Dtype::kBf16 ? 5e-3 : 6e-4; }
+
+bool check_case(const Case& c, const WgmmaPlan& plan, Buffers& buffers, int runs) {
+  const Problem problem = buffers.problem();
+  buffers.poison();
+  cudaError_t error = launch_plan(problem, plan, nullptr);
+  if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  const char* verdict = "ok";
+  double relative = NAN;
+  if (error == cudaErrorInvalidConfiguration) {
+    cudaGetLastError();
+    std::printf("skip  m %d n %d k %d %s: %s\n", c.m, c.n, c.k, name(plan).c_str(),
+                cudaGetErrorString(error));
+    return true;
+  }
+  if (error != cudaSuccess) {
+    std::printf("FAIL %s: %s\n", name(plan).c_str(), cudaGetErrorString(error));
+    std::exit(1);
+  }
+  relative = buffers.error();
+  if (!(relative < (c.exact ? 4e-3 : limit(c.dtype)))) verdict = "FAIL error";
+  if (buffers.unwritten()) verdict = "FAIL unwritten";
+  const std::vector<uint16_t> first = buffers.output();
+  for (int run = 1; run < runs; ++run) {
+    buffers.poison();
+    CHECK(launch_plan(problem, plan, nullptr));
+    if (buffers.output() != first) {
+      verdict = "FAIL changes between runs";
+      break;
+    }
+  }
+  const bool ok = verdict[0] == 'o';
+  if (!ok) {
+    std::printf("%s: m %d n %d k %d bits %d group %d dtype %d scale %d bias %d %s error %.2e\n",
+                verdict, c.m, c.n, c.k, c.bits, c.group_size, int(c.dtype), int(c.scale_dtype),
+                c.bias, name(plan).c_str(), relative);
+  }
+  return ok;
+}
+
+int check(int runs) {
+  int cases = 0, failed = 0;
+  auto run_case = [&](const Case& c, int repeats) {
+    Buffers buffers(c);
+    for (const WgmmaPlan& plan : plans(c.m)) {
+      ++cases;
+      failed += !check_case(c, plan, buffers, repeats);
+    }
+  };
+  // First, the plainest case; if it fails, the rest tells nothing more.
+  run_case({64, 512, 512}, 2);
+  if (failed) return 1;
+  const Dtype types[] = {Dtype::kF16, Dtype::kBf16, Dtype::kF32};
+  int turn = 0;
+  for (int bits : {4, 8}) {
+    for (int group : {128, 64, 32, 16, 48, 96, 256, -1}) {
+      for (Dtype dtype : {Dtype::kBf16, Dtype::kF16}) {
+        Case c{17 + 29 * (turn % 6), 0, 0, bits, group, dtype, types[turn % 3], turn % 2 == 0};
+        c.n = 64 * (1 + turn % 9) + (turn % 3) * 21 - 1;
+        c.k = 64 * (3 + turn % 7) + (turn % 4) * 8;
+        ++turn;
+        run_case(c, 2);
+      }
+    }
+  }
+  for (int m : {17, 33, 64, 100, 128, 129, 257, 300}) run_case({m, 1000, 1048}, 2);
+  run_case({64, 4096, 4096}, runs);
+  run_case({256, 4096, 4096}, runs);
+  run_case({1000, 4096, 4096}, 5);
+  std::printf("check: %d cases, %d failed\n", cases, failed);
+  return failed != 0;
+}
+
+void tune(int m, int n, int k, Dtype scale_dtype) {
+  Case c{m, n, k};
+  c.scale_dtype = scale_dtype;
+  c.copies = m > 1024 ? 3 : rotating_copies(c);
+  Buffers buffers(c);
+  std::vector<std::pair<double, WgmmaPlan>> results;
+  for (const WgmmaPlan& plan : plans(m)) {
+    const int blocks = ceil_div(m, plan.block_m) * ceil_div(n, plan.block_n) * plan.splits;
+    if (plan.splits > 1 && blocks > 2 * multiprocessors()) continue;
+    buffers.poison();
+    if (launch_plan(buffers.problem(), plan, nullptr) != cudaSuccess) {
+      cudaGetLastError();
+      continue;
+    }
+    CHECK(cudaDeviceSynchronize());
+    const double error = buffers.error();
+    if (!(error < limit(c.dtype))) std::printf("FAIL %s error %.2e\n", name(plan).c_str(), error);
+    const double us = time_graph(
+        c.copies, [&](int i, cudaStream_t stream) { return launch_plan(buffers.problem(i), plan, stream); },
+        0.01);
+    if (us > 0) results.push_back({us, plan});
+  }
+  std::sort(results.begin(), results.end(),
+            [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::printf("m %d n %d k %d scale %d\n", m, n, k, int(scale_dtype));
+  for (size_t i = 0; i < results.size() && i < 6; ++i) {
+    std::printf("  %8.2f us %6.0f GB/s %6.1f TFLOP/s  %s\n", results[i].first,
+                buffers.bytes() / results[i].first * 1e-3, 2e-6 * m * n * k / results[i].first,
+                name(results[i].second).c_str());
+  }
+}
+
+__global__ void empty_kernel() {}
+
+__global__ void read_kernel(const uint4* data, size_t count, uint32_t* sink) {
+  uint32_t sum = 0;
+  for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count;
+       i += size_t(gridDim.x) * blockDim.x) {
+    const uint4 v = __ldcs(data + i);
+    sum ^= v.x ^ v.y ^ v.z ^ v.w;
+  }
+  if (sum == 0x12345678) *sink = sum;
+}
+
+void ceilings() {
+  cudaDeviceProp properties;
+  CHECK(cudaGetDeviceProperties(&properties, 0));
+  int driver, runtime;
+  CHECK(cudaDriverGetVersion(&driver));
+  CHECK(cudaRuntimeGetVersion(&runtime));
+  std::printf("%s, %d SMs, L2 %d MB, driver API %d, runtime %d\n", properties.name,
+              properties.multiProcessorCount, properties.l2CacheSize >> 20, driver, runtime);
+  const size_t bytes = size_t(4) << 30;
+  void *a, *b;
+  CHECK(cudaMalloc(&a, bytes));
+  CHECK(cudaMalloc(&b, bytes));
+  fill_bits<<<1024, 256>>>(static_cast<uint32_t*>(a), bytes / 4, 1);
+  CHECK(cudaDeviceSynchronize());
+  double us = time_graph(2, [&](int, cudaStream_t s) {
+    return cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice, s);
+  });
+  std::printf("copy %.0f GB/s (read plus written)\n", 2e-3 * bytes / us);
+  for (size_t size : {bytes, size_t(121) << 20, size_t(30) << 20, size_t(8) << 20}) {
+    const int launches = std::max<int>(2, int((size_t(512) << 20) / size));
+    us = time_graph(launches, [&](int i, cudaStream_t s) {
+      const uint4* at = static_cast<const uint4*>(a) + (size == bytes ? 0 : i * (size / 16));
+      read_kernel<<<multiprocessors() * 8, 256, 0, s>>>(at, size / 16, static_cast<uint32_t*>(b));
+      return cudaGetLastError();
+    });
+    std::printf("read %zu MB: %.2f us, %.0f GB/s\n", size >> 20, us, 1e-3 * size / us);
+  }
+  us = time_graph(1000, [&](int, cudaStream_t s) {
+    empty_kernel<<<132, 128, 0, s>>>();
+    return cudaGetLastError();
+  });
+  std::printf("empty graph node: %.2f us\n", us);
+  CHECK(cudaFree(a));
+  CHECK(cudaFree(b));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string command = argc > 1 ? argv[1] : "";
+  if (command == "check") return check(argc > 2 ? std::atoi(argv[2]) : 100);
+  if (command == "ceilings") {
+    ceilings();
+    return 0;
+  }
+  if (command == "tune" && argc >= 5) {
+    tune(std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]),
+         argc > 5 && std::string(argv[5]) == "f16" ? Dtype::kF16 : Dtype::kBf16);
+    return 0;
+  }
+  std::fprintf(stderr, "usage: harness check | ceilings | tune M N K [f16]\n");
+  return 2;
+}
