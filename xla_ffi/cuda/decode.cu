@@ -18,8 +18,8 @@ DecodeKernel choose(int m) {
 
 template <class T, int kBits, bool kFine>
 DecodeKernel choose(int m, int stages) {
-  return stages == kDeepStages<kBits> ? choose<T, kBits, kFine, kDeepStages<kBits>>(m)
-                                      : choose<T, kBits, kFine, kShallowStages>(m);
+  return stages == kShallowStages ? choose<T, kBits, kFine, kShallowStages>(m)
+                                  : choose<T, kBits, kFine, deep_stages(kBits)>(m);
 }
 
 template <class T, int kBits>

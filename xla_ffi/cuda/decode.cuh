@@ -5,11 +5,12 @@
 //
 //      strips 8: 2 parts of K     strips 4: 4 parts     strips 2: 8 parts     strips 1: 16 parts
 //
-// Weights stream through a ring of kStages steps of 64 along K per warp, private to the warp: a
-// lane copies the very 16 bytes that it will use, so there is no block barrier in the main loop,
-// and 16 warps x kStages x 1 KB are under way per SM. The stream runs on over the columns of a
-// block: blocks stay and walk over columns of 32 * strips output features, while the part of x for
-// their split rests in shared memory (x is loaded again only where it does not fit at once).
+// Weights stream through a ring of kStages steps of 64 along K per warp: a lane copies the very 16
+// bytes that it will use, so that the main loop has no barrier at all, and 16 warps x kStages x 1
+// KB are under way per SM. Scales and zero points are fetched one group ahead into registers. Both
+// streams run on over the columns of a block: blocks stay and walk over columns of 32 * strips
+// output features, while the part of x for their split rests in shared memory. The loop is limited
+// by the instructions it issues, so nothing in it is computed that can be kept.
 //
 // The tensor cores multiply the exact integers q - z; at the end of a group the scale applies to
 // the f32 sums. Parts of K are added in a fixed order: warps of a block through shared memory, then
@@ -21,23 +22,14 @@
 
 namespace jax_gptq::cuda {
 
-// Where a warp is in its stream of steps: over columns, over chunks of x, over its steps.
-struct DecodeCursor {
-  int column;
-  int chunk;  // first step of the chunk of x
-  int step, end;
-  int group, left;  // group of `step`, and steps left in it (coarse groups)
-  bool fresh;       // the group's parameters are needed: first step of a run, or of a group
-};
-
 // Copies the part of x of the steps [first, last) to shared memory, zeros beyond k.
 template <class T>
 __device__ __forceinline__ void decode_load_x(const DecodeArguments& args, uint32_t x, int first,
                                               int last) {
   const Problem& p = args.problem;
-  const int pieces = args.x_pieces.value;
+  const int pieces = args.x_pieces.value;  // of the longest split
   const int present = (last - first) * (kStepK / 8);
-  const int pitch = decode_x_pitch(args.x_steps);
+  const int pitch = args.x_pitch;
   const uint16_t* source = static_cast<const uint16_t*>(p.x);
   for (int i = threadIdx.x; i < p.m * pieces; i += kDecodeThreads) {
     const int row = args.x_pieces.divide(i);
@@ -136,6 +128,9 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   constexpr int kRight = kColumns / 8;  // right-hand fragments
   constexpr int kCodeBytes = step_bytes(kBits) / 2;
   constexpr int kLoads = kCodeBytes / 512;  // 16-byte loads of a lane per step
+  constexpr int kSteps16 = kStepK / kFragmentK;
+  constexpr int kSets = kFine ? kSteps16 : 1;  // of parameters held at once
+  static_assert((kStages & (kStages - 1)) == 0);
 
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32;
@@ -150,106 +145,131 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   const int steps = steps_k(p.k);
   const int first_step = steps * split >> args.splits_log2;
   const int last_step = steps * (split + 1) >> args.splits_log2;
-  const bool x_stays = args.x_steps >= last_step - first_step;
-  const int scale_bytes = dtype_bytes(p.scale_type);
+  // This warp's steps, the same in every column.
+  const int run_first = first_step + ((last_step - first_step) * part >> parts_log2);
+  const int run_steps =
+      first_step + ((last_step - first_step) * (part + 1) >> parts_log2) - run_first;
 
-  const int parameter_bytes = decode_parameter_bytes(p);
-  const int stage_bytes = decode_stage_bytes(p);
-  const uint32_t ring = shared_base() + warp * kStages * stage_bytes;
-  const uint32_t x = shared_base() + args.x;
+  auto column_n = [&](int column) { return ((column << args.strips_log2) + strip) * kStripN; };
 
-  // ---- The stream of steps ----
-  auto begin_run = [&](DecodeCursor& c) {
-    const int count = min(args.x_steps, last_step - c.chunk);
-    c.step = c.chunk + (count * part >> parts_log2);
-    c.end = c.chunk + (count * (part + 1) >> parts_log2);
-    c.fresh = true;
-    if (!kFine) {
-      c.group = args.group.divide(c.step);
-      c.left = args.group.value - (c.step - c.group * args.group.value);
+  // ---- The stream of codes ----
+  const uint32_t ring = shared_base() + warp * kStages * kCodeBytes + lane * kLaneBytes;
+  const char* codes = nullptr;  // this lane's next 16 bytes
+  int codes_column = cluster - clusters;
+  int codes_left = 0;  // steps left in the column
+  bool codes_real = false;
+  auto copy_codes = [&](int offset) {
+    if (codes_left == 0) {
+      codes_column += clusters;
+      codes_left = run_steps;
+      const int n = column_n(codes_column);
+      codes_real = n < p.n;
+      codes = static_cast<const char*>(p.codes) +
+              (static_cast<int64_t>(n / kTileN) * steps + run_first) * step_bytes(kBits) +
+              n % kTileN / kFragmentN * 512 + lane * kLaneBytes;
     }
-  };
-  auto skip_empty = [&](DecodeCursor& c) {
-    while (c.step == c.end && c.column < args.columns) {
-      c.chunk += args.x_steps;
-      if (c.chunk >= last_step) {
-        c.chunk = first_step;
-        c.column += clusters;
-      }
-      begin_run(c);
-    }
-  };
-  auto advance = [&](DecodeCursor& c) {
-    ++c.step;
-    c.fresh = false;
-    if (!kFine && --c.left == 0) {
-      ++c.group;
-      c.left = args.group.value;
-      c.fresh = true;
-    }
-  };
-
-  // With fine groups, the group of the i-th 16 input features of a step.
-  auto fine_group = [&](int step, int i) {
-    return min(args.group.divide(step * (kStepK / kFragmentK) + i), p.groups - 1);
-  };
-
-  auto prefetch = [&](const DecodeCursor& c, int stage) {
-    const uint32_t to = ring + stage * stage_bytes;
-    const int n = ((c.column << args.strips_log2) + strip) * kStripN;
-    if (c.column < args.columns && n < p.n) {
-      const char* codes = static_cast<const char*>(p.codes) +
-                          (static_cast<int64_t>(n / kTileN) * steps + c.step) * step_bytes(kBits) +
-                          n % kTileN / kFragmentN * 512 + lane * kLaneBytes;
+    if (codes_real) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         // At 8 bits a step is two tiles of 32 along K.
-        cp_async_16(to + i * 512 + lane * kLaneBytes, codes + i / 2 * kTileBytes + i % 2 * 512);
-      }
-      if (kFine || c.fresh) {
-        const int first = kFine ? fine_group(c.step, 0) : c.group;
-        const int last = kFine ? fine_group(c.step, kStepK / kFragmentK - 1) : c.group;
-        const int pieces = 2 * scale_bytes + 2;  // of 16 bytes, per group
-        for (int i = lane; i < (last - first + 1) * pieces; i += 32) {
-          const int row = i / pieces;
-          const int piece = i - row * pieces;
-          const int64_t at = parameter_index(p.groups, first + row, n);
-          const bool is_scale = piece < 2 * scale_bytes;
-          const char* from =
-              is_scale ? static_cast<const char*>(p.scales) + at * scale_bytes + piece * 16
-                       : static_cast<const char*>(p.zeros) + at + (piece - 2 * scale_bytes) * 16;
-          cp_async_16(to + kCodeBytes + row * parameter_bytes + piece * 16, from);
-        }
+        cp_async_16(ring + offset + i * 512, codes + i / 2 * kTileBytes + i % 2 * 512);
       }
     }
     cp_async_commit();
+    codes += step_bytes(kBits);
+    --codes_left;
   };
-
-  DecodeCursor ahead = {};
-  ahead.column = cluster;
-  ahead.chunk = first_step;
-  begin_run(ahead);
-  skip_empty(ahead);
+  if (run_steps > 0) {
 #pragma unroll 1
-  for (int i = 0; i < kStages; ++i) {
-    prefetch(ahead, i);
-    if (ahead.column < args.columns) {
-      advance(ahead);
-      skip_empty(ahead);
-    }
+    for (int i = 0; i < kStages; ++i) copy_codes(i * kCodeBytes);
   }
 
-  // ---- Lane-constant addresses of x for ldmatrix ----
-  // 8 columns: matrix j is k 8 j of 32; 16 columns: matrix j is k 8 (j % 2), rows of x 8 (j / 2).
+  // ---- The stream of scales and zero points ----
+  // They change with the group or, where groups end inside steps, are fetched for every step.
+  const int unit_steps = kFine ? 1 : args.group.value;
+  const int first_unit = kFine ? run_first : args.group.divide(run_first);
+  const int first_unit_steps = min((first_unit + 1) * unit_steps - run_first, run_steps);
+  const int run_units =
+      kFine ? run_steps : args.group.divide(run_first + run_steps - 1) - first_unit + 1;
+  int64_t parameters = 0;  // index of this lane's first row, group 0
+  int parameters_column = cluster - clusters;
+  int units_left = 0;
+  int unit = 0;
+  bool parameters_real = false;
+  uint32_t next_scale[kSets][4];  // as stored, of rows lane / 4 + 8 i of the strip
+  uint32_t next_zero[kSets][4];
+  auto fetch_parameters = [&] {
+    if (units_left == 0) {
+      parameters_column += clusters;
+      units_left = run_units;
+      unit = first_unit;
+      const int n = column_n(parameters_column);
+      parameters_real = n < p.n;
+      parameters = parameter_index(p.groups, 0, n) + lane / 4;
+    }
+    if (parameters_real) {
+#pragma unroll
+      for (int set = 0; set < kSets; ++set) {
+        const int group =
+            kFine ? min(args.group.divide(unit * kSteps16 + set), p.groups - 1) : unit;
+        const int64_t at = parameters + static_cast<int64_t>(group) * kTileN;
+        const uint8_t* zeros = static_cast<const uint8_t*>(p.zeros) + at;
+        const uint16_t* short_scales = static_cast<const uint16_t*>(p.scales) + at;
+        const uint32_t* long_scales = static_cast<const uint32_t*>(p.scales) + at;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) next_zero[set][i] = ld_global_nc<uint8_t>(zeros + 8 * i);
+        if (p.scale_type == Dtype::kF32) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            next_scale[set][i] = ld_global_nc<uint32_t>(long_scales + 8 * i);
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            next_scale[set][i] = ld_global_nc<uint16_t>(short_scales + 8 * i);
+          }
+        }
+      }
+    }
+    ++unit;
+    --units_left;
+  };
+#pragma unroll
+  for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) next_scale[set][i] = next_zero[set][i] = 0;
+  }
+  if (run_steps > 0) fetch_parameters();
+
+  float scale[kSets][4];
+  uint32_t zero[kSets][4];
+  auto take_parameters = [&] {
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        zero[set][i] = prepare_zero<T, kBits>(next_zero[set][i]);
+        const uint32_t stored = next_scale[set][i];
+        scale[set][i] = p.scale_type == Dtype::kF16 ? to_float<F16>(static_cast<uint16_t>(stored))
+                        : p.scale_type == Dtype::kBf16 ? bits_float(stored << 16)
+                                                       : bits_float(stored);
+      }
+    }
+    fetch_parameters();
+  };
+
+  // ---- x, for as long as the block lives ----
+  decode_load_x<T>(args, shared_base() + args.x, first_step, last_step);
+  block_sync();
+  // Lane addresses for ldmatrix. 8 columns: matrix j is k 8 j of 32; 16 columns: matrix j is
+  // k 8 (j % 2) of 16, rows of x 8 (j / 2).
   const int x_row = min(lane % 8 + (kRight == 2 ? lane / 16 * 8 : 0), p.m - 1);
   const int x_k = kRight == 2 ? lane / 8 % 2 * 16 : lane / 8 * 16;
-  const uint32_t x_lane = x + x_row * decode_x_pitch(args.x_steps) + x_k;
+  const uint32_t x_run =
+      shared_base() + args.x + x_row * args.x_pitch + x_k + (run_first - first_step) * kStepK * 2;
 
   float total[2][kRight][4];
   float sum[2][kRight][4];
-  float scale[4];  // of rows lane / 4 + 8 i of the strip
-  uint32_t zero[4];
-
   auto clear = [](float (&values)[2][kRight][4]) {
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
@@ -260,103 +280,58 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       }
     }
   };
-  auto end_group = [&] {
+  auto end_group = [&](int set) {
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
 #pragma unroll
       for (int r = 0; r < kRight; ++r) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          total[f][r][i] = fmaf(scale[2 * f + i / 2], sum[f][r][i], total[f][r][i]);
+          total[f][r][i] = fmaf(scale[set][2 * f + i / 2], sum[f][r][i], total[f][r][i]);
         }
       }
     }
     clear(sum);
   };
-  auto load_parameters = [&](uint32_t parameters) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      scale[i] = load_scale(parameters, lane / 4 + 8 * i, p.scale_type);
-      zero[i] = prepare_zero<T, kBits>(
-          ld_shared<uint8_t>(parameters + 32 * scale_bytes + lane / 4 + 8 * i));
-    }
-  };
 
-  DecodeCursor now = {};
-  int stage = 0;
-  auto refill = [&] {
-    warp_sync();  // Every lane has read the stage.
-    prefetch(ahead, stage);
-    if (ahead.column < args.columns) {
-      advance(ahead);
-      skip_empty(ahead);
-    }
-  };
+  int offset = 0;  // of the stage in the ring
   int buffer = 0;
   int pending = -1;  // column whose sums the cluster has yet to add
-  clear(sum);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    scale[i] = 0.0f;
-    zero[i] = 0;
-  }
-
   for (int column = cluster;; column += clusters) {
     const bool done = column >= args.columns;
-    const bool real = ((column << args.strips_log2) + strip) * kStripN < p.n;
+    const bool real = column_n(column) < p.n;
     clear(total);
-    for (int chunk = done ? last_step : first_step; chunk < last_step; chunk += args.x_steps) {
-      if (column == cluster || !x_stays) {
-        if (!x_stays) block_sync();  // The previous chunk has been read.
-        decode_load_x<T>(args, x, chunk, min(chunk + args.x_steps, last_step));
-        block_sync();
-      }
-      now.column = column;
-      now.chunk = chunk;
-      begin_run(now);
-      int group = -1;  // fine groups: the one whose parameters are held
-      while (now.step < now.end) {
+    clear(sum);
+    uint32_t x_step = x_run;
+    int left = done ? 0 : run_steps;
+    int unit_left = first_unit_steps;
+    while (left > 0) {
+      take_parameters();
+      left -= unit_left;
+#pragma unroll 1
+      for (; unit_left > 0; --unit_left) {
         cp_async_wait<kStages - 1>();
-        warp_sync();
-        const uint32_t from = ring + stage * stage_bytes;
         uint32_t words[kLoads][4];
         if (real) {
 #pragma unroll
           for (int i = 0; i < kLoads; ++i) {
-            const uint4 v = ld_shared<uint4>(from + i * 512 + lane * kLaneBytes);
+            const uint4 v = ld_shared<uint4>(ring + offset + i * 512);
             words[i][0] = v.x;
             words[i][1] = v.y;
             words[i][2] = v.z;
             words[i][3] = v.w;
           }
-          if (!kFine && now.fresh) load_parameters(from + kCodeBytes);
-        }
-        if (!kFine) refill();
-        if (real) {
-          const uint32_t x_step = x_lane + (now.step - chunk) * kStepK * 2;
           uint32_t right[4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {  // steps of 16 along k
-            if (kFine) {
-              const int next = fine_group(now.step, j);
-              if (next != group) {
-                if (group >= 0) end_group();
-                group = next;
-                const int first = fine_group(now.step, 0);
-                load_parameters(from + kCodeBytes + (group - first) * parameter_bytes);
-              }
-            }
-            if (kRight == 2) {
-              ldmatrix_x4(right, x_step + j * 32);
-            } else if (j % 2 == 0) {
-              ldmatrix_x4(right, x_step + j * 32);
-            }
+          for (int j = 0; j < kSteps16; ++j) {
+            if (kRight == 2 || j % 2 == 0) ldmatrix_x4(right, x_step + j * 32);
+            const int set = kFine ? j : 0;
 #pragma unroll
             for (int f = 0; f < 2; ++f) {
               uint32_t a[4];
-              const uint32_t* codes =
+              const uint32_t* fragment =
                   kBits == 4 ? &words[f][j] : &words[kLoads == 4 ? j / 2 * 2 + f : 0][j % 2 * 2];
-              exact_fragment<T, kBits>(a, codes, &zero[2 * f]);
+              exact_fragment<T, kBits>(a, fragment, &zero[set][2 * f]);
 #pragma unroll
               for (int r = 0; r < kRight; ++r) {
                 const int at = kRight == 2 ? 2 * r : j % 2 * 2;
@@ -364,14 +339,15 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
                 mma_m16n8k16<T>(sum[f][r], a, b);
               }
             }
+            if (kFine) end_group(set);
           }
         }
-        if (kFine) refill();
-        stage = stage + 1 == kStages ? 0 : stage + 1;
-        advance(now);
-        if (!kFine && (now.fresh || now.step == now.end)) end_group();
+        copy_codes(offset);
+        offset = (offset + kCodeBytes) & (kStages * kCodeBytes - 1);
+        x_step += kStepK * 2;
       }
-      if (kFine) end_group();
+      if (!kFine) end_group(0);
+      unit_left = min(unit_steps, left);
     }
 
     // ---- Sums of the block ----

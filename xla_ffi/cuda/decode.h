@@ -11,22 +11,10 @@ constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kStripLog2 = 5;
 constexpr int kStripN = 1 << kStripLog2;  // output features of a warp: half a tile
 
-// Stages of a warp's ring: as many as keep 64 KB or more under way per multiprocessor, or where
-// shared memory is short.
-template <int kBits>
-constexpr int kDeepStages = kBits == 4 ? 4 : 3;
+// Stages of a warp's ring: enough to keep 64 KB under way per multiprocessor, or 32 KB (of 4 bits)
+// where shared memory is short.
 constexpr int kShallowStages = 2;
-
-// Bytes, for one group, of the scales and zero points of the 32 output features of a warp.
-constexpr int decode_parameter_bytes(const Problem& p) {
-  return 32 * (dtype_bytes(p.scale_type) + 1);
-}
-
-// Bytes of one stage of one warp: the codes of 32 output features and 64 input features, then the
-// scales and zero points of the groups.
-constexpr int decode_stage_bytes(const Problem& p) {
-  return step_bytes(p.bits) / 2 + groups_per_step(p) * decode_parameter_bytes(p);
-}
+constexpr int deep_stages(int bits) { return bits == 4 ? 4 : 2; }
 
 // Words between rows of the blocks of sums: 4 modulo 32, so that a warp writes without conflicts.
 constexpr int sum_pitch(int strips) { return strips * kStripN + 4; }
@@ -36,15 +24,15 @@ constexpr int sum_pitch(int strips) { return strips * kStripN + 4; }
 constexpr int decode_x_pitch(int x_steps) { return x_steps * kStepK * 2 + 16; }
 
 // Shared memory: the rings, the sums of each part of the warps' K, the sums of the block (twice:
-// one is read by the cluster while the next is written), and x.
+// one is read by the cluster while the next is written), and x for the longest split.
 struct DecodeShared {
   int parts, sums, x, size;
 
-  constexpr DecodeShared(const Problem& p, int strips, int x_steps, int stages)
-      : parts(kDecodeWarps * stages * decode_stage_bytes(p)),
+  constexpr DecodeShared(const Problem& p, int strips, int splits, int stages)
+      : parts(kDecodeWarps * stages * step_bytes(p.bits) / 2),
         sums(parts + kDecodeWarps / strips * p.m * sum_pitch(strips) * 4),
         x(sums + 2 * p.m * sum_pitch(strips) * 4),
-        size(x + p.m * decode_x_pitch(x_steps)) {}
+        size(x + p.m * decode_x_pitch(ceil_div(steps_k(p.k), splits))) {}
 };
 
 // Strips per block and splits of K are powers of two.
@@ -54,8 +42,8 @@ struct DecodeArguments {
   int strips_log2;  // strips of 32 output features per block
   int splits_log2;
   int columns;         // ceil(ceil(n / 32) / strips): what a block walks over
-  int x_steps;         // steps of x in shared memory at once
-  Divisor x_pieces;    // pieces of 16 bytes in a row of these
+  int x_pitch;         // bytes between rows of x in shared memory
+  Divisor x_pieces;    // pieces of 16 bytes in such a row
   Divisor group;       // steps of 64 per group, or with fine groups steps of 16
   int parts, sums, x;  // DecodeShared
   float* partial;      // [splits][m][64 tiles_n(n)], with Reduction::kWorkspace
@@ -72,7 +60,7 @@ constexpr int decode_columns(const Problem& p, int strips) {
 }
 
 inline DecodeArguments decode_arguments(const Problem& problem, const Plan& plan, void* workspace) {
-  const DecodeShared shared(problem, plan.strips, plan.x_steps, plan.stages);
+  const DecodeShared shared(problem, plan.strips, plan.splits, plan.stages);
   const int group =
       problem.group_size < problem.k ? problem.group_size : kStepK * steps_k(problem.k);
   DecodeArguments args = {};
@@ -81,8 +69,9 @@ inline DecodeArguments decode_arguments(const Problem& problem, const Plan& plan
   args.strips_log2 = log2_of(plan.strips);
   args.splits_log2 = log2_of(plan.splits);
   args.columns = decode_columns(problem, plan.strips);
-  args.x_steps = plan.x_steps;
-  args.x_pieces = Divisor(plan.x_steps * (kStepK / 8));
+  const int x_steps = ceil_div(steps_k(problem.k), plan.splits);
+  args.x_pitch = decode_x_pitch(x_steps);
+  args.x_pieces = Divisor(x_steps * (kStepK / 8));
   args.group = Divisor(group / (fine_groups(problem) ? kFragmentK : kStepK));
   args.parts = shared.parts;
   args.sums = shared.sums;

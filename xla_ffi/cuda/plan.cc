@@ -31,18 +31,12 @@ bool partial_sums_fit(const Problem& p, int splits) {
   return int64_t{splits} * p.m * tiles_n(p.n) * kTileN * 4 <= kWorkspaceBytes;
 }
 
-// Steps of x that fit beside everything else in `bytes` of shared memory.
-int fitting_x_steps(const Problem& p, int strips, int stages, int bytes) {
-  return (bytes - DecodeShared(p, strips, 0, stages).size) / (p.m * kStepK * 2);
-}
-
-// No plan (kernel kNone) where not even one step of x fits.
+// No plan (kernel kNone) where x does not fit into shared memory.
 Plan plan_decode(const Problem& problem, const Device& device) {
   Problem p = problem;
   p.m = p.m <= 8 ? 8 : kDecodeRows;
   const bool clusters = device.arch >= 90;
   const int steps = steps_k(p.k);
-  const int deep = p.bits == 4 ? kDeepStages<4> : kDeepStages<8>;
   Plan best;
   double best_time = 0;
   for (int strips = 1; strips <= 8; strips *= 2) {
@@ -50,24 +44,20 @@ Plan plan_decode(const Problem& problem, const Device& device) {
     for (int splits = 1; splits <= (clusters ? kMaxClusterSplits : kMaxWorkspaceSplits);
          splits *= 2) {
       if (splits > steps || (!clusters && splits > 1 && !partial_sums_fit(p, splits))) continue;
-      const int split_steps = ceil_div(steps, splits);
-      int stages = deep;
-      int x_steps = fitting_x_steps(p, strips, stages, device.shared_bytes);
-      if (x_steps < std::min(split_steps, 8)) {
+      int stages = deep_stages(p.bits);
+      if (DecodeShared(p, strips, splits, stages).size > device.shared_bytes) {
         stages = kShallowStages;
-        x_steps = fitting_x_steps(p, strips, stages, device.shared_bytes);
       }
-      if (x_steps < 1) continue;
-      x_steps = std::min(x_steps, split_steps);
+      if (DecodeShared(p, strips, splits, stages).size > device.shared_bytes) continue;
 
+      const int split_steps = ceil_div(steps, splits);
       const int launched = std::min(columns, resident_groups(device.processors, splits, clusters));
       const int rounds = ceil_div(columns, launched);
       const int parts = kDecodeWarps / strips;
       const double x_time = p.m * split_steps * kStepK * 2 / kCacheRate;
       const double weight_time = ceil_div(split_steps, parts) * kDecodeWarps *
                                  static_cast<double>(step_bytes(p.bits) / 2) / kMemoryRate;
-      double time = rounds * (weight_time + kSumsTime);
-      time += x_steps < split_steps ? rounds * x_time : x_time;
+      double time = rounds * (weight_time + kSumsTime) + x_time;
       if (splits > 1) time += clusters ? kClusterTime : kKernelTime;
       if (best.kernel != Kernel::kNone && time >= best_time) continue;
       best_time = time;
@@ -79,9 +69,8 @@ Plan plan_decode(const Problem& problem, const Device& device) {
       best.splits = splits;
       best.grid = launched * splits;
       best.strips = strips;
-      best.x_steps = x_steps;
       best.stages = stages;
-      best.shared_bytes = DecodeShared(problem, strips, x_steps, stages).size;
+      best.shared_bytes = DecodeShared(problem, strips, splits, stages).size;
     }
   }
   return best;

@@ -69,10 +69,9 @@ struct Plan {
   int splits = 1;  // parts of K
   int grid = 0;    // blocks
   int shared_bytes = 0;
-  // kDecode: strips of 32 output features that a block holds at once (1, 2, 4 or 8), steps of x in
-  // shared memory at once, and stages of the rings.
+  // kDecode: strips of 32 output features that a block holds at once (1, 2, 4 or 8), and stages of
+  // the rings.
   int strips = 1;
-  int x_steps = 0;
   int stages = 0;
   // kMma: rows of x per block (16, 32, 64 or 128).
   int block_m = 0;
