@@ -213,8 +213,10 @@ def test_refusals(tmp_path):
 @pytest.mark.skipif(not shared_folders(), reason="no ../shared/checkpoints beside the repository")
 def test_real_checkpoints_survive_a_round_trip(tmp_path):
     for folder in shared_folders():
+        if not any(kind in folder.name for kind in ("asym_act", "dyn_mixed", "w3")):
+            continue  # The others differ in nothing that the writer sees.
+        version = "gptq_v2" if "asym" in folder.name else "gptq"
         weights = jax_gptq.load_weights(folder)
-        version = "gptq" if "w2" not in folder.name and "asym" not in folder.name else "gptq_v2"
         round_trip(tmp_path / folder.name, weights, checkpoint_format=version)
 
 

@@ -46,8 +46,8 @@ def read(tensors: ModuleTensors, config: ModuleConfig) -> GptqWeight:
             f"({config.source}) over {k} input features, found {groups}; correct q_group_size"
         )
     return GptqWeight.from_raw(
-        _pack_along_rows(np.ascontiguousarray(qweight).view(np.uint32)),
-        np.array(scales),
+        _pack_along_rows(qweight.view(np.uint32)),
+        scales,
         _zeros(tensors, config, groups, n),
         bits=4,
         group_size=group_size,
@@ -67,7 +67,7 @@ def _zeros(tensors: ModuleTensors, config: ModuleConfig, groups: int, n: int) ->
         raise ShapeError(
             f"{tensors.where('qzeros')}: expected {(groups, n // 8)}, found {words.shape}"
         )
-    interleaved = np.ascontiguousarray(words).view(np.uint32)
+    interleaved = words.view(np.uint32)
     if config.sym and (interleaved != _SYMMETRIC_WORD).any():
         raise ZeroPointError(
             f"{tensors.where('qzeros')}: zero_point is false in {config.source}, so every stored "

@@ -29,7 +29,7 @@ class ActOrderWarning(UserWarning):
 
 
 def read(tensors: ModuleTensors, config: ModuleConfig) -> GptqWeight:
-    """The weight of one module; the tensors are copied out of the mapped file.
+    """The weight of one module; `from_raw` copies the mapped tensors to the device.
 
     Raises:
       MissingTensorError, BitsError, ShapeError, DtypeError, GroupIndexError, ScalesError: naming
@@ -47,7 +47,7 @@ def read(tensors: ModuleTensors, config: ModuleConfig) -> GptqWeight:
             f"weight_shape {[n, k]}, found {packed.shape} and {scale.shape}; download again"
         )
     if "weight_zero_point" in tensors:
-        zeros = np.ascontiguousarray(tensors.matrix("weight_zero_point").T)
+        zeros = tensors.matrix("weight_zero_point").T
     elif scheme.get("symmetric", True):
         middle = jnp.full((n, 1), 2 ** (bits - 1), jnp.uint8)
         zeros = np.repeat(np.asarray(pack_codes(middle, bits)).T, groups, axis=0)
@@ -57,8 +57,8 @@ def read(tensors: ModuleTensors, config: ModuleConfig) -> GptqWeight:
             f"symmetric false, found no such tensor; download the checkpoint again"
         )
     return GptqWeight.from_raw(
-        np.ascontiguousarray(packed.T),
-        np.ascontiguousarray(scale.T),
+        packed.T,
+        scale.T,
         zeros,
         _g_idx(tensors, scheme, groups),
         bits=bits,

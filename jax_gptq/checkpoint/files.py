@@ -58,6 +58,11 @@ class TensorInfo:
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.stop - self.start
+
 
 class TensorFiles:
     """The tensors of one checkpoint, whichever of its files they are in."""
@@ -93,6 +98,14 @@ class TensorFiles:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
+
+    @cached_property
+    def by_module(self) -> dict[str, list[str]]:
+        """Module -> names of its own tensors."""
+        modules: dict[str, list[str]] = {}
+        for name in self:
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        return modules
 
     def info(self, name: str) -> TensorInfo:
         """Where tensor `name` lies.
@@ -170,11 +183,14 @@ class ModuleTensors:
         """`file: tensor`, for messages."""
         return f"{self.files.info(self.name(suffix)).path}: {self.name(suffix)}"
 
+    def names(self) -> list[str]:
+        """The module's own tensors."""
+        return self.files.by_module.get(self.module, [])
+
     @cached_property
     def prefix(self) -> str:
         """`file: module`, for messages that append the tensor's suffix; all files if several."""
-        held = [self.files.info(n).path for n in self.files if n.rpartition(".")[0] == self.module]
-        unique = list(dict.fromkeys(str(path) for path in held))
+        unique = list(dict.fromkeys(str(self.files.info(name).path) for name in self.names()))
         return f"{' + '.join(unique)}: {self.module}"
 
 

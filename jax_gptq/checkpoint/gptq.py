@@ -24,7 +24,7 @@ class ZeroRuleWarning(UserWarning):
 
 
 def read(tensors: ModuleTensors, config: ModuleConfig) -> GptqWeight:
-    """The weight of one module; the tensors are copied out of the mapped file.
+    """The weight of one module; `from_raw` copies the mapped tensors to the device.
 
     Raises:
       MissingTensorError, BitsError, ShapeError, DtypeError, GroupIndexError, ScalesError,
@@ -50,7 +50,7 @@ def read(tensors: ModuleTensors, config: ModuleConfig) -> GptqWeight:
         )
     # 5, 6 and 7 bits exist in planar order only.
     planar = bits in PLANES and (bits != 3 or config.checkpoint_format == "gptq_p")
-    words, zero_words = np.array(qweight), np.array(qzeros)
+    words, zero_words = qweight, qzeros
     if planar:
         for suffix, features in (("qweight", k), ("qzeros", n)):
             if features % 32:
@@ -58,15 +58,15 @@ def read(tensors: ModuleTensors, config: ModuleConfig) -> GptqWeight:
                     f"{tensors.where(suffix)}: planar {bits}-bit tensors hold whole blocks of 32 "
                     f"codes, found {features} features; the checkpoint is damaged"
                 )
-        words = np.asarray(stream_from_planar(words.view(np.uint32), bits))
-        zero_words = np.asarray(stream_from_planar(zero_words.view(np.uint32).T, bits)).T
+        words = np.asarray(stream_from_planar(qweight.view(np.uint32), bits))
+        zero_words = np.asarray(stream_from_planar(qzeros.view(np.uint32).T, bits)).T
     zero_words = _complete_zeros(tensors, zero_words, bits, n, config.sym)
     stores_zero = config.checkpoint_format in ("gptq_v2", "gptq_p")
     if not stores_zero and not config.sym:
         _warn_where_rules_differ(tensors, zero_words, bits, n, config.zero_add)
     return GptqWeight.from_raw(
         words,
-        np.array(scales),
+        scales,
         zero_words,
         g_idx,
         bits=bits,

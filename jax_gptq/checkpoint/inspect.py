@@ -97,7 +97,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
         warnings.simplefilter("always")
         checkpoint = open_checkpoint(path)
         modules, errors, remarks = _modules(checkpoint)
-    sizes = {name: _bytes(checkpoint, name) for name in checkpoint.names()}
+    sizes = {name: checkpoint.info(name).nbytes for name in checkpoint.names()}
     quantized = set(checkpoint.quantized_modules())
     packed = {
         name
@@ -186,8 +186,7 @@ def _module(
             for layout in LAYOUTS
         }
     order = "none" if g_idx is None else "permuted" if (np.diff(g_idx) < 0).any() else "sorted"
-    prefix = f"{name}." if name else ""
-    own = [n for n in checkpoint.names() if n.startswith(prefix) and "." not in n[len(prefix) :]]
+    own = ModuleTensors(checkpoint.files, name).names()
     return ModuleReport(
         name=name,
         bits=weight.bits,
@@ -198,7 +197,7 @@ def _module(
         sym=bool((np.asarray(weight.qzeros) == 2 ** (weight.bits - 1)).all()),
         bias=bias,
         scale_dtype=weight.scales.dtype.name,
-        disk_bytes=sum(_bytes(checkpoint, n) for n in own),
+        disk_bytes=sum(checkpoint.info(tensor).nbytes for tensor in own),
         memory_bytes=sizes[kind],
         unsupported=unsupported,
     )
@@ -219,11 +218,6 @@ def _label_contradicts(checkpoint: Checkpoint, tensors: ModuleTensors, weight: G
         return False
     first = int(tensors.get("qzeros").view(np.uint32)[0, 0]) & (2**weight.bits - 1)
     return (first == 2 ** (weight.bits - 1)) != (config.checkpoint_format != "gptq")
-
-
-def _bytes(checkpoint: Checkpoint, name: str) -> int:
-    info = checkpoint.info(name)
-    return info.stop - info.start
 
 
 # Doubts ---------------------------------------------------------------------------------------

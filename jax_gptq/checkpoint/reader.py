@@ -11,6 +11,7 @@ import numpy as np
 from jax_gptq.checkpoint import awq, compressed_tensors, gptq, marlin
 from jax_gptq.checkpoint.config import QuantConfig, find_config
 from jax_gptq.checkpoint.files import ModuleTensors, TensorInfo, open_files, read_json
+from jax_gptq.checkpoint.memory import release_freed_memory
 from jax_gptq.errors import ConfigError, CorruptFileError, MissingTensorError, ShapeError
 from jax_gptq.linear import GptqLinear
 from jax_gptq.weight import GptqWeight
@@ -21,6 +22,8 @@ _READERS = {
     "compressed-tensors": compressed_tensors,
     "marlin": marlin,
 }
+# Freed memory goes back to the system each time this many bytes of tensors have been decoded.
+_RELEASE_BYTES = 1 << 27
 
 
 class Checkpoint:
@@ -44,6 +47,7 @@ class Checkpoint:
         self.config: QuantConfig | None = find_config(
             folder, self.hf_config, self.files.metadata, metadata_first=single
         )
+        self._decoded = 0
         packed = [name for name in self.files if name.rpartition(".")[2] in ("qweight", "B")]
         if self.config is None and packed:
             raise ConfigError(
@@ -103,6 +107,10 @@ class Checkpoint:
             )
         assert self.config is not None  # it has quantized modules
         tensors = ModuleTensors(self.files, module)
+        self._decoded += sum(self.files.info(name).nbytes for name in tensors.names())
+        if self._decoded > _RELEASE_BYTES:
+            self._decoded = 0
+            release_freed_memory()
         return _READERS[self.config.quant_method].read(tensors, self.config.module(module))
 
     def bias(self, module: str) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -23,6 +24,7 @@ from jax_gptq.weight import GptqWeight
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STREAM_BITS = (2, 3, 4, 8)
+_pack_codes = jax.jit(pack_codes, static_argnums=1)
 
 Named: TypeAlias = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
@@ -125,7 +127,7 @@ def _tensors(name: str, weight: GptqWeight, checkpoint_format: str) -> dict[str,
     zeros = weight.qzeros
     if checkpoint_format == "gptq":
         zeros = (zeros - 1) & np.uint8(2**bits - 1)
-    qweight, zero_words = weight.qweight, pack_codes(jnp.asarray(zeros).T, bits)
+    qweight, zero_words = weight.qweight, _pack_codes(jnp.asarray(zeros).T, bits)
     if planar:
         qweight = planar_from_stream(qweight, bits)
         zero_words = planar_from_stream(zero_words, bits)
