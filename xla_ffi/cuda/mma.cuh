@@ -28,6 +28,7 @@ template <class T, int kBits, int kBlockM>
 __device__ __forceinline__ void mma_block(const MmaArguments& args) {
   constexpr int kStages = mma_stages(kBits, kBlockM);
   constexpr int kRight = kBlockM / 8;  // fragments of x along m
+  constexpr int kSteps16 = kStepK / kFragmentK;
 
   const Problem& p = args.problem;
   const MmaStage layout(p, kBlockM);
@@ -46,55 +47,81 @@ __device__ __forceinline__ void mma_block(const MmaArguments& args) {
   const bool fine = fine_groups(p);
   const bool same_type =
       (p.scale_type == Dtype::kF16) == std::is_same<T, F16>::value && p.scale_type != Dtype::kF32;
-  const int group_steps = fine ? 1 : p.group_size < p.k ? p.group_size / kStepK : steps;
   const int group_rows = groups_per_step(p);
   const int scale_bytes = dtype_bytes(p.scale_type);
   const int parameter_bytes = mma_parameter_bytes(p);
   const int last_tile = tiles_n(p.n) - 1;
 
+  // Group of the 16 input features `sixteenth` (of all) with fine groups, else of a step of 64.
+  auto fine_group = [&](int sixteenth) { return min(args.group.divide(sixteenth), p.groups - 1); };
   auto first_group = [&](int step) {
-    return fine ? step * kStepK / p.group_size : step / group_steps;
+    return fine ? fine_group(step * kSteps16) : args.group.divide(step);
   };
+
+  // ---- What this thread copies, step after step ----
+  // Codes: 16 bytes of each tile at 8 bits, of one tile at 4. A second tile beyond n repeats the
+  // first: it is computed and thrown away.
+  constexpr int kTilePieces = step_bytes(kBits) / 16;
+  const char* codes[kBits / 4];
+#pragma unroll
+  for (int i = 0; i < kBits / 4; ++i) {
+    const int piece = threadIdx.x + i * kMmaThreads;
+    const int tile = min(2 * n_block + piece / kTilePieces, last_tile);
+    codes[i] = static_cast<const char*>(p.codes) +
+               (static_cast<int64_t>(tile) * steps + first_step) * step_bytes(kBits) +
+               piece % kTilePieces * 16;
+  }
+  // Parameters: 16 bytes of one tile and group, for the first threads.
+  const int parameter_pieces = parameter_bytes / 16;
+  const int parameter_row = threadIdx.x / parameter_pieces;
+  const int parameter_piece = threadIdx.x - parameter_row * parameter_pieces;
+  const bool copies_parameters = parameter_row < 2 * group_rows;
+  const int parameter_tile = parameter_row >= group_rows;
+  const int parameter_group = parameter_row - parameter_tile * group_rows;
+  const bool copies_scales = parameter_piece < kTileN * scale_bytes / 16;
+  const int64_t parameter_base =
+      parameter_index(p.groups, 0, min(2 * n_block + parameter_tile, last_tile) * kTileN);
+  const char* parameters = copies_scales ? static_cast<const char*>(p.scales) +
+                                               parameter_base * scale_bytes + parameter_piece * 16
+                                         : static_cast<const char*>(p.zeros) + parameter_base +
+                                               (parameter_piece - kTileN * scale_bytes / 16) * 16;
+  const int parameter_stride = kTileN * (copies_scales ? scale_bytes : 1);
+  // x: pieces of 8 values, in rows x_row + 32 i.
+  constexpr int kRowsAtOnce = kMmaThreads / (kStepK / 8);
+  const int x_row = threadIdx.x / (kStepK / 8);
+  const int x_piece = threadIdx.x % (kStepK / 8);
+  const uint16_t* x =
+      static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(m0 + x_row) * p.k + x_piece * 8;
+  const uint32_t x_to = layout.x + x_row * kMmaPitchX + x_piece * 16;
+  const bool x_aligned = p.k % 8 == 0;
 
   auto fill = [&](int step, int stage) {
     const uint32_t to = shared_base() + stage * layout.size;
-    // A second tile beyond n repeats the first: it is computed and thrown away.
-    for (int i = threadIdx.x; i < 2 * step_bytes(kBits) / 16; i += kMmaThreads) {
-      const int tile = min(2 * n_block + i / (step_bytes(kBits) / 16), last_tile);
-      const int piece = i % (step_bytes(kBits) / 16);
-      cp_async_16(to + i * 16, static_cast<const char*>(p.codes) +
-                                   (static_cast<int64_t>(tile) * steps + step) * step_bytes(kBits) +
-                                   piece * 16);
+#pragma unroll
+    for (int i = 0; i < kBits / 4; ++i) {
+      cp_async_16(to + (threadIdx.x + i * kMmaThreads) * 16, codes[i]);
+      codes[i] += step_bytes(kBits);
     }
-    const int group = first_group(step);
-    const int pieces = parameter_bytes / 16;
-    for (int i = threadIdx.x; i < 2 * group_rows * pieces; i += kMmaThreads) {
-      const int row = i / pieces;
-      const int piece = i - row * pieces;
-      const int tile = min(2 * n_block + row / group_rows, last_tile);
-      const int of = min(group + row % group_rows, p.groups - 1);
-      const int64_t at = parameter_index(p.groups, of, tile * kTileN);
-      const int scale_pieces = 4 * scale_bytes;
-      const char* from = piece < scale_pieces
-                             ? static_cast<const char*>(p.scales) + at * scale_bytes + piece * 16
-                             : static_cast<const char*>(p.zeros) + at + (piece - scale_pieces) * 16;
-      cp_async_16(to + layout.parameters + i * 16, from);
+    if (copies_parameters) {
+      const int group = min(first_group(step) + parameter_group, p.groups - 1);
+      cp_async_16(to + layout.parameters + threadIdx.x * 16,
+                  parameters + static_cast<int64_t>(group) * parameter_stride);
     }
-    for (int i = threadIdx.x; i < kBlockM * (kStepK / 8); i += kMmaThreads) {
-      const int row = i / (kStepK / 8);
-      const int piece = i % (kStepK / 8);
-      const int m = m0 + row;
-      const int k = step * kStepK + piece * 8;
-      const uint16_t* from =
-          static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(min(m, p.m - 1)) * p.k;
-      const uint32_t at = to + layout.x + row * kMmaPitchX + piece * 16;
-      if (p.k % 8 == 0) {
-        const bool valid = m < p.m && k < p.k;
-        cp_async_16(at, from + (valid ? k : 0), valid);
+    const int k = step * kStepK + x_piece * 8;
+#pragma unroll
+    for (int i = 0; i < (kBlockM + kRowsAtOnce - 1) / kRowsAtOnce; ++i) {
+      const int row = x_row + i * kRowsAtOnce;
+      if (kBlockM < kRowsAtOnce && row >= kBlockM) break;
+      const bool present = m0 + row < p.m;
+      const uint16_t* from = x + static_cast<int64_t>(i) * kRowsAtOnce * p.k + step * kStepK;
+      const uint32_t at = to + x_to + i * kRowsAtOnce * kMmaPitchX;
+      if (x_aligned) {
+        const bool valid = present && k < p.k;
+        cp_async_16(at, valid ? static_cast<const void*>(from) : p.x, valid);
       } else {
         for (int e = 0; e < 8; ++e) {
-          const bool valid = m < p.m && k + e < p.k;
-          const uint16_t value = valid ? ld_global_nc<uint16_t>(from + k + e) : 0;
+          const bool valid = present && k + e < p.k;
+          const uint16_t value = valid ? ld_global_nc<uint16_t>(from + e) : 0;
           st_shared(at + 2 * e, value);
         }
       }
@@ -141,9 +168,8 @@ __device__ __forceinline__ void mma_block(const MmaArguments& args) {
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int k = step * kStepK + (2 * along_k + j) * kFragmentK;
       const int first = first_group(step);
-      const int group = fine ? min(k / p.group_size, p.groups - 1) : first;
+      const int group = fine ? fine_group(step * kSteps16 + 2 * along_k + j) : first;
       if (group != held_group) {
         held_group = group;
         const uint32_t base =

@@ -46,6 +46,7 @@ constexpr int mma_shared_bytes(const Problem& p, int block_m) {
 struct MmaArguments {
   Problem problem;
   int n_blocks, m_blocks, splits;
+  Divisor group;   // steps of 64 per group, or with fine groups steps of 16
   float* partial;  // [splits][m][64 tiles_n(n)] where K is split, else null
 };
 
@@ -55,6 +56,9 @@ inline MmaArguments mma_arguments(const Problem& problem, const Plan& plan, void
   args.n_blocks = ceil_div(problem.n, kMmaBlockN);
   args.m_blocks = ceil_div(problem.m, plan.block_m);
   args.splits = plan.splits;
+  const int group =
+      problem.group_size < problem.k ? problem.group_size : kStepK * steps_k(problem.k);
+  args.group = Divisor(group / (fine_groups(problem) ? kFragmentK : kStepK));
   if (plan.reduction == Reduction::kWorkspace) args.partial = static_cast<float*>(workspace);
   return args;
 }
