@@ -44,7 +44,7 @@ GOALS = {
     4096: (189.0, 662.0, 2650.0),
 }
 GOAL_WEIGHTS = (4096 * 4096, 4096 * 14336, 8192 * 28672)
-Chain = Callable[[jax.Array, list], jax.Array]
+Chain = Callable[[jax.Array, list], list[jax.Array]]
 
 
 def random_weight(k: int, n: int, scale_dtype: jnp.dtype) -> jax_gptq.GptqWeight:
@@ -69,24 +69,25 @@ def rotating(store: CudaStore, count: int) -> list[CudaStore]:
 
 
 def chain(product: Callable) -> Chain:
-    """One product per weight, each made to wait for the one before."""
+    """One product per weight, each after the one before; all results are kept."""
 
     @jax.jit
     def run(x, weights):
-        y = None
+        results = []
         for weight in weights:
             y = product(x, weight)
             x, y = jax.lax.optimization_barrier((x, y))
-        return y
+            results.append(y)
+        return results
 
     return run
 
 
 def microseconds(run: Chain, x: jax.Array, weights: list, seconds: float) -> float:
     """Median over replays of the time of one product."""
-    run(x, weights).block_until_ready()
+    jax.block_until_ready(run(x, weights))
     start = time.perf_counter()
-    run(x, weights).block_until_ready()
+    jax.block_until_ready(run(x, weights))
     # Several chains per sample, started one after the other, hide what the host does.
     chains = max(2, min(50, int(0.02 / (time.perf_counter() - start))))
     samples = []
@@ -95,7 +96,7 @@ def microseconds(run: Chain, x: jax.Array, weights: list, seconds: float) -> flo
         start = time.perf_counter()
         for _ in range(chains):
             y = run(x, weights)
-        y.block_until_ready()
+        jax.block_until_ready(y)
         samples.append((time.perf_counter() - start) / chains)
     return statistics.median(samples) * 1e6 / len(weights)
 
@@ -131,7 +132,7 @@ def measure(k: int, n: int, rows: list[int], seconds: float) -> list[dict]:
     stores = {dtype: jax_gptq.prepare(w, layout="cuda") for dtype, w in weights.items()}
     dense = jax.jit(dequantize)(weights[jnp.bfloat16])
     dense16 = jax.jit(dequantize)(weights[jnp.float16])
-    count = max(4, -(-(256 << 20) // stores[jnp.bfloat16].codes.nbytes))
+    count = max(3, -(-(256 << 20) // stores[jnp.bfloat16].codes.nbytes))
     packed = {dtype: rotating(store, count) for dtype, store in stores.items()}
     bf16 = [
         dense.astype(jnp.bfloat16) * f for f in range(1, 1 + max(2, (256 << 20) // (2 * k * n)))

@@ -1,14 +1,18 @@
 """From how many rows on the CUDA backend dequantizes the weight once and leaves the product to XLA.
 
-Guessed until measured: below these rows the fused kernels read the weight in 4 bits and dequantize
-it in registers; above them writing the dequantized weight costs less than the fused kernel loses
-against XLA's own product.
+Below these rows the fused kernels read the weight in 4 bits and dequantize it in registers; above
+them writing the dequantized weight costs less than the fused kernel loses against XLA's own
+product. Measured on an H200 (xla_ffi/docs/h200_notes.md); guessed for other architectures.
 """
 
 import jax
 
-# Compute capability -> rows of x from which dequantize-then-dot is taken.
-_ROWS = {"9.0": 1024}
+_NEVER = 1 << 31
+# Compute capability -> rows of x from which dequantize-then-dot is taken. On 9.0 the wgmma kernel is
+# ahead of cuBLAS in bf16 at 4096 rows too.
+_ROWS = {"9.0": _NEVER}
+# Where rows of x do not begin at multiples of 16 bytes, 9.0 has the mma.sync kernel only.
+_ROWS_UNALIGNED = {"9.0": 128}
 _DEFAULT_ROWS = 512
 
 
@@ -20,8 +24,9 @@ def dequantize_from_rows(in_features: int, out_features: int) -> int:
     second kernel.
     """
     if in_features * out_features < 1 << 20:
-        return 1 << 31
-    return _ROWS.get(_compute_capability(), _DEFAULT_ROWS)
+        return _NEVER
+    rows = _ROWS if in_features % 8 == 0 else _ROWS_UNALIGNED
+    return rows.get(_compute_capability(), _DEFAULT_ROWS)
 
 
 def _compute_capability() -> str:

@@ -324,6 +324,8 @@ __device__ __forceinline__ void reduce_splits(const WgmmaArguments& args, uint32
     }
   }
   barrier_wait(barrier, 0);
+  warp_sync();
+  cluster_arrive_relaxed();  // What others sent here has arrived; they may leave.
   uint16_t* const y = static_cast<uint16_t*>(args.y);
   for (int i = thread; i < mine * kQuads; i += 128 * kConsumers) {
     const int row = i / kQuads;
@@ -720,9 +722,9 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     cluster_wait();
   }
   if (blocks > 1) {
-    // A block stays until its peers have stopped reading its memory and arriving on its barriers.
+    // A block stays until its peers have received what it sent and arrived on its barriers.
     warp_sync();
-    cluster_arrive_relaxed();
+    if (warpgroup == 0 || args.splits == 1) cluster_arrive_relaxed();
     cluster_wait();
   }
 }

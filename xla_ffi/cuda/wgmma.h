@@ -18,7 +18,8 @@ struct WgmmaPlan {
 // cudaOccupancyMaxActiveClusters says on an H200, whose processing clusters are of unequal size.
 constexpr int wgmma_resident_clusters(int blocks, int processors) {
   constexpr int kOn132[] = {132, 66, 39, 30, 22, 17, 15, 15};
-  return kOn132[blocks - 1] * processors / 132;
+  const int count = kOn132[blocks - 1] * processors / 132;
+  return count > 0 ? count : 1;
 }
 
 // Clusters to launch for `plan`: one per output tile (of `columns` blocks) if K is split, else no

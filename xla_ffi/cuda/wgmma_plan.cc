@@ -15,21 +15,20 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   };
   const int half = wgmma_resident_clusters(2, device.processors);
   plan.block_n = 128;
-  if (problem.m <= 32) {
-    plan.block_n = 256;
-    plan.block_m = 32;
-  } else if (problem.m <= 64) {
-    plan.block_m = 64;
+  if (problem.m <= 64) {
+    plan.block_m = problem.m <= 32 ? 32 : 64;
+    if (problem.m <= 32 || ceil_div(problem.n, 256) * 3 > half) plan.block_n = 256;
   } else if (problem.m <= 128 || tiles(128, 256) <= half) {
     plan.block_m = 128;
   } else {
     plan.block_m = 256;
-    if (problem.m > 256) plan.columns = 2;
+    plan.columns = 2;
   }
-  // As many splits of K as keep every tile's cluster resident. More than 6 cost more in sums sent
-  // around than the idle multiprocessors would.
+  // As many splits of K as keep every tile's cluster resident. Fewer than 4 steps of K or more than
+  // 6 splits cost more in sums sent around than they save.
   const int count = tiles(plan.block_n, plan.block_m);
-  while (plan.columns == 1 && plan.splits < 6 &&
+  const int most = ceil_div(steps_k(problem.k), 4) < 6 ? ceil_div(steps_k(problem.k), 4) : 6;
+  while (plan.columns == 1 && plan.splits < most &&
          count <= wgmma_resident_clusters(plan.splits + 1, device.processors)) {
     ++plan.splits;
   }

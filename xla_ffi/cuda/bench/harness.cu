@@ -2,9 +2,10 @@
 //
 //   harness check                 every format and odd shapes against float64, poisoned outputs,
 //                                 100 runs bit for bit
+//   harness small                 a few small cases, once each: for compute-sanitizer
+//   harness streams               two streams at once give the bits that each gives alone
 //   harness ceilings              copy bandwidth, read bandwidth, an empty graph node
-//   harness tune M N K [seconds]  every plan of the sm_90a kernel, fastest first
-//   harness bench                 the plan table's choice at the published shapes
+//   harness tune M N K [f16]      every plan of the sm_90a kernel, fastest first; with f16 scales
 //
 // Times are CUDA graph replays over at least 256 MB of rotating weights, so that every launch
 // reads its weight from device memory.
@@ -37,6 +38,8 @@ using namespace jax_gptq::cuda;
       std::exit(1);                                                      \
     }                                                                    \
   } while (0)
+
+constexpr int kSharedBytes = 227 * 1024;
 
 int multiprocessors() {
   static const int count = [] {
@@ -436,6 +439,50 @@ int check(int runs) {
   return failed != 0;
 }
 
+int small() {
+  int failed = 0;
+  for (const Case& c : {Case{17, 200, 136}, Case{64, 320, 640, 4, 64}, Case{100, 257, 264, 4, 32},
+                        Case{33, 192, 256, 8, 128}, Case{300, 384, 512}}) {
+    Buffers buffers(c);
+    for (const WgmmaPlan& plan : plans(c.m)) {
+      if (plan.splits <= 3) failed += !check_case(c, plan, buffers, 1);
+    }
+  }
+  std::printf("small: %d failed\n", failed);
+  return failed != 0;
+}
+
+// Two products again and again on two streams, with the plans of the table.
+int streams() {
+  int failed = 0;
+  Buffers first({64, 4096, 4096}), second({200, 1024, 4096});
+  std::vector<std::vector<uint16_t>> alone;
+  const Device device{90, multiprocessors(), kSharedBytes};
+  const auto launch = [&](const Buffers& buffers, cudaStream_t stream) {
+    const Problem problem = buffers.problem();
+    CHECK(launch_wgmma(problem, wgmma_plan(problem, device), stream));
+  };
+  cudaStream_t one, two;
+  CHECK(cudaStreamCreate(&one));
+  CHECK(cudaStreamCreate(&two));
+  for (Buffers* buffers : {&first, &second}) {
+    launch(*buffers, one);
+    CHECK(cudaDeviceSynchronize());
+    alone.push_back(buffers->output());
+    buffers->poison();
+  }
+  for (int round = 0; round < 50; ++round) {
+    for (int i = 0; i < 10; ++i) {
+      launch(first, one);
+      launch(second, two);
+    }
+    CHECK(cudaDeviceSynchronize());
+    failed += first.output() != alone[0] || second.output() != alone[1];
+  }
+  std::printf("streams: %d of 50 rounds differ\n", failed);
+  return failed != 0;
+}
+
 void tune(int m, int n, int k, Dtype scale_dtype) {
   Case c{m, n, k};
   c.scale_dtype = scale_dtype;
@@ -454,7 +501,8 @@ void tune(int m, int n, int k, Dtype scale_dtype) {
     const double error = buffers.error();
     if (!(error < limit(c.dtype))) std::printf("FAIL %s error %.2e\n", name(plan).c_str(), error);
     const double us = time_graph(
-        c.copies, [&](int i, cudaStream_t stream) { return launch_plan(buffers.problem(i), plan, stream); },
+        c.copies,
+        [&](int i, cudaStream_t stream) { return launch_plan(buffers.problem(i), plan, stream); },
         0.01);
     if (us > 0) results.push_back({us, plan});
   }
@@ -521,6 +569,8 @@ void ceilings() {
 int main(int argc, char** argv) {
   const std::string command = argc > 1 ? argv[1] : "";
   if (command == "check") return check(argc > 2 ? std::atoi(argv[2]) : 100);
+  if (command == "small") return small();
+  if (command == "streams") return streams();
   if (command == "ceilings") {
     ceilings();
     return 0;
@@ -530,6 +580,6 @@ int main(int argc, char** argv) {
          argc > 5 && std::string(argv[5]) == "f16" ? Dtype::kF16 : Dtype::kBf16);
     return 0;
   }
-  std::fprintf(stderr, "usage: harness check | ceilings | tune M N K [f16]\n");
+  std::fprintf(stderr, "usage: harness check | small | streams | ceilings | tune M N K [f16]\n");
   return 2;
 }
