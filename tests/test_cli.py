@@ -33,7 +33,7 @@ def test_unknown_command(capsys):
 
 def test_an_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'fly'"):
-        jax_gptq.fly
+        _ = jax_gptq.fly
 
 
 @pytest.mark.parametrize("name", ["nnx", "linen", "models"])
