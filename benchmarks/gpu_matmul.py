@@ -15,10 +15,12 @@ Writes benchmarks/results/gpu_matmul.json and .png. Needs a GPU, and the package
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +120,29 @@ def ceilings() -> dict[str, float]:
     a, b = jax.random.normal(jax.random.key(0), (2, 8192, 8192), jnp.bfloat16)
     tflops = 2 * 8192**3 / microseconds(chain(jnp.matmul), a, [b, b], 0.3) / 1e6
     return {"copy GB/s": round(gigabytes), "bf16 TFLOP/s": round(tflops)}
+
+
+def graph_events(k: int = 4096, n: int = 4096) -> dict[str, int]:
+    """Launches of kernels and CUDA graphs in a profile of three runs of a jitted decode chain."""
+    store = jax_gptq.prepare(random_weight(k, n, jnp.bfloat16), layout="cuda")
+    x = jax.random.normal(jax.random.key(0), (1, k), jnp.bfloat16)
+    run = chain(lambda x, w: jax_gptq.gptq_matmul(x, w, backend="cuda"))
+    weights = rotating(store, 16)
+    jax.block_until_ready([run(x, weights) for _ in range(3)])
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([run(x, weights) for _ in range(3)])
+        events = collections.Counter()
+        for file in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+                for line in plane.lines:
+                    events.update(event.name for event in line.events)
+    wanted = ("graph", "command", "launchkernel", "decode_kernel")
+    return {
+        name[:80]: count
+        for name, count in events.items()
+        if any(word in name.lower() for word in wanted)
+    }
 
 
 def goal(k: int, n: int, rows: int) -> float | None:
@@ -236,6 +261,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "jax": jax.__version__,
         "ceilings": ceilings(),
+        "decode chain of 16 products, three runs, in the profile": graph_events(),
         "results": [],
     }
     print(data)

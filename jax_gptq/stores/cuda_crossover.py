@@ -8,8 +8,8 @@ product. Measured on an H200 (xla_ffi/docs/h200_notes.md); guessed for other arc
 import jax
 
 _NEVER = 1 << 31
-# Compute capability -> rows of x from which dequantize-then-dot is taken. On 9.0 the wgmma kernel is
-# ahead of cuBLAS in bf16 at 4096 rows too.
+# Compute capability -> rows of x from which dequantize-then-dot is taken. On 9.0 the wgmma kernel
+# is ahead of cuBLAS in bf16 at 4096 rows too.
 _ROWS = {"9.0": _NEVER}
 # Where rows of x do not begin at multiples of 16 bytes, 9.0 has the mma.sync kernel only.
 _ROWS_UNALIGNED = {"9.0": 128}
