@@ -7,14 +7,8 @@ import numpy as np
 from oracle import RawWeight, pack_bits
 from safetensors.numpy import save_file
 
-SHARED = Path(__file__).parents[2] / "shared" / "checkpoints"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}
-
-
-def shared_folders() -> list[Path]:
-    """The real checkpoints beside the repository, where there are any."""
-    return sorted(path.parent for path in SHARED.glob("*/ref.npz"))
 
 
 def planar_bits(codes: np.ndarray, bits: int) -> np.ndarray:

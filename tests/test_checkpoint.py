@@ -16,11 +16,11 @@ from checkpoint_makers import (
     gptq_tensors,
     gptqmodel_v1_zeros,
     marlin_tensors,
-    shared_folders,
     write_checkpoint,
     write_tensors,
 )
 from oracle import RawWeight, pack_bits, rel_error
+from real_checkpoints import FOLDERS, needs_checkpoints
 
 import jax_gptq
 from jax_gptq.checkpoint.compressed_tensors import ActOrderWarning
@@ -52,10 +52,10 @@ def check(folder, raw, name=NAME):
 # Real files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not shared_folders(), reason="no ../shared/checkpoints beside the repository")
+@needs_checkpoints
 def test_real_checkpoints_match_their_writers():
     dequantize = jax.jit(jax_gptq.dequantize)
-    for folder in shared_folders():
+    for folder in FOLDERS:
         reference = np.load(folder / "ref.npz")
         answers = {k.removeprefix("deq:"): reference[k] for k in reference if k.startswith("deq:")}
         assert answers, folder
@@ -450,6 +450,9 @@ def test_other_file_names(tmp_path, name):
     (tmp_path / "quantize_config.json").write_text(json.dumps(gptq_config(sym=True)))
     check(tmp_path, raw)
     check(tmp_path / name, raw)  # the file itself
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    check(tmp_path, raw)  # the index of the float model, which names none of the files
 
 
 def test_configuration_lookup_order(tmp_path):

@@ -187,6 +187,7 @@ def test_index_naming_a_missing_shard(tmp_path, raw):
     write_tensors(tmp_path / "model-00001-of-00002.safetensors", {NAME: gptq_tensors(raw)})
     (tmp_path / "quantize_config.json").write_text(json.dumps(gptq_config(sym=True)))
     weight_map = {"lm_head.weight": "model-00002-of-00002.safetensors"}
+    weight_map[f"{NAME}.scales"] = "model-00001-of-00002.safetensors"
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     words = ("index.json", "lm_head.weight", "expected", "model-00002-of-00002.safetensors")

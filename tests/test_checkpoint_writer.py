@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_makers import shared_folders
 from oracle import RawWeight, random_weight
+from real_checkpoints import FOLDERS, needs_checkpoints
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -210,9 +210,9 @@ def test_refusals(tmp_path):
     refuses(errors.ShapeError, "in_features=33", {"a": partial}, checkpoint_format="gptq_p")
 
 
-@pytest.mark.skipif(not shared_folders(), reason="no ../shared/checkpoints beside the repository")
+@needs_checkpoints
 def test_real_checkpoints_survive_a_round_trip(tmp_path):
-    for folder in shared_folders():
+    for folder in FOLDERS:
         if not any(kind in folder.name for kind in ("asym_act", "dyn_mixed", "w3")):
             continue  # The others differ in nothing that the writer sees.
         version = "gptq_v2" if "asym" in folder.name else "gptq"

@@ -260,7 +260,7 @@ def open_files(path: Path) -> TensorFiles:
 
     In a folder: `model.safetensors`, else the shards of the index, else the shards or the one file
     that is there (`gptq_model-4bit-128g.safetensors`). The headers decide which shard holds a
-    tensor; the index may be stale, but a shard that it names must be there.
+    tensor: the index may be stale. A shard that it names must be there, unless none of them is.
 
     Raises:
       MissingFileError: no such path, no safetensors file in it, or a shard is missing.
@@ -275,12 +275,11 @@ def open_files(path: Path) -> TensorFiles:
         )
     if (path / "model.safetensors").exists():
         return TensorFiles([path / "model.safetensors"])
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        preferred = path / "model.safetensors.index.json"
-        return _indexed(preferred if preferred in indices else indices[0])
     found = sorted(path.glob("*.safetensors"))
     found = [file for file in found if not file.name.startswith("adapter_")]
+    index = _index(path, found)
+    if index is not None:
+        return _indexed(index)
     if not found:
         others = sorted(file.name for file in path.glob("*") if file.suffix in (".bin", ".pt"))
         raise MissingFileError(
@@ -300,11 +299,27 @@ def open_files(path: Path) -> TensorFiles:
     return TensorFiles(found)
 
 
-def _indexed(index: Path) -> TensorFiles:
-    """The shards that an index names, and their siblings of the same numbering."""
+def _index(folder: Path, found: list[Path]) -> Path | None:
+    """The index to follow. One that names none of the files is left from another model."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    indices.sort(key=lambda index: index.name != "model.safetensors.index.json")
+    names = {file.name for file in found}
+    for index in indices:
+        if not names or names & set(_weight_map(index).values()):
+            return index
+    return None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: expected a `weight_map` from tensors to files, found none")
+    return weight_map
+
+
+def _indexed(index: Path) -> TensorFiles:
+    """The shards that an index names, and their siblings of the same numbering."""
+    weight_map = _weight_map(index)
     paths = {index.parent / str(name) for name in weight_map.values()}
     for path in sorted(paths):
         if not path.exists():

@@ -87,5 +87,4 @@ def _grouped_scales(scales: np.ndarray) -> np.ndarray:
 
 def _channel_scales(scales: np.ndarray) -> np.ndarray:
     groups, n = scales.shape
-    order = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
-    return scales.reshape(groups, n // 32, 32)[:, :, np.argsort(order)].reshape(groups, n)
+    return scales.reshape(groups, n // 32, 4, 4, 2).swapaxes(2, 3).reshape(groups, n)
