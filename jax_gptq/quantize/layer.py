@@ -9,20 +9,19 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_gptq.errors import BitsError, QuantizationError, ShapeError
-from jax_gptq.packing import pack_codes
 from jax_gptq.quantize.asymmetric import asymmetric_target
 from jax_gptq.quantize.factoring import factor
 from jax_gptq.quantize.order import act_order, group_aware_order
+from jax_gptq.quantize.panels import packed, panel_width
 from jax_gptq.quantize.refine import refine as refine_columns
 from jax_gptq.quantize.report import Report
 from jax_gptq.quantize.solution import Solution, in_natural_order
-from jax_gptq.quantize.solver import solve
+from jax_gptq.quantize.solver import nearest, solve, solve_on_grids
 from jax_gptq.quantize.spec import Spec, padded
 from jax_gptq.reference import dequantize
 from jax_gptq.weight import SCALE_DTYPES, GptqWeight
 
-# Columns do not depend on each other: panels bound the memory beside W, H and its factor.
-_PANEL = 1024
+# Columns whose relative loss is measured.
 _SAMPLE = 256
 # Relative difference of H and its transpose that rounding in other accumulators may leave.
 _ASYMMETRY = 1e-3
@@ -43,7 +42,6 @@ def gptq(
     mse: float = 0.0,
     block_size: int = 128,
     refine: bool = True,
-    sweeps: int = 4,
     cross: ArrayLike | None = None,
     alpha: float = 1.0,
     scale_dtype: DTypeLike = jnp.float16,
@@ -70,9 +68,8 @@ def gptq(
       damp_step: added to `damp` where the factorization fails, twice as much every time.
       mse: exponent of the search for the best clipping of each group (2.4 is usual), 0 for none.
       block_size: rows that are solved before the others are updated.
-      refine: then lower the loss further by coordinate descent over codes, scales and zero points.
-        False is plain GPTQ.
-      sweeps: passes of that descent.
+      refine: then lower the loss further, by coordinate descent over codes, scales and zero points
+        and by solving again on tighter grids; no column gets worse. False is plain GPTQ.
       cross: float [K, K], (2/n) sum x (x' - x)^T, where x' is what the float model gives the layer:
         quantize towards the float model's outputs (GPTAQ, `asymmetric_target`). The losses in the
         report are then around the shifted weights.
@@ -105,10 +102,14 @@ def gptq(
         raise QuantizationError(
             f"{where}expected 0 <= damp < 1 and damp_step > 0, found {damp} and {damp_step}"
         )
-    notes = []
+    notes: list[str] = []
     diagonal = jnp.diagonal(H)
     dead = diagonal == 0
     dead_rows = int(jnp.sum(dead))
+    if dead_rows == count:
+        # Every row would count as dead, and be zero.
+        weight = rtn(W, bits=bits, group_size=group_size, sym=sym, mse=mse, scale_dtype=scale_dtype)
+        return weight, Report(0.0, 0.0, 0.0, damp, dead_rows, ("H is zero: rounded to nearest",))
     if dead_rows:
         notes.append(f"{dead_rows} of {count} input features are zero in the calibration data")
     order = _order(diagonal, desc_act, act_group_aware, spec.group_size)
@@ -119,41 +120,66 @@ def gptq(
         notes.append(f"H is singular: damp raised from {damp:g} to {used_damp:g}")
     if cross is not None:
         W = asymmetric_target(W, L, rows, _checked_cross(cross, count, where), alpha)
-    width = -(-columns // -(-columns // _PANEL))
-    starts = range(0, columns, width)
-    solutions: list[Solution] = []
-    loss = 0.0
-    for start in starts:
-        solved, damped_loss, squares = solve(_panel(W, dead, start, width), L, rows, spec)
-        loss += float(jnp.sum(damped_loss - added * squares))
-        solutions.append(solved)
-    del L
 
-    # Act-order made groups of its own; all other groups are consecutive rows of W.
+    # Act-order makes groups of its own; all other groups are consecutive rows of W.
     own_groups = desc_act and not spec.static_groups
-    if not own_groups:
-        solutions = [
-            in_natural_order(each, order, spec.group_size, spec.static_groups) for each in solutions
-        ]
-    gptq_loss = loss
-    if refine:
-        H_grouped = H[order[:, None], order[None, :]] if own_groups else H
-        gptq_loss = loss = 0.0
-        for i, start in enumerate(starts):
-            w = _panel(W, dead, start, width)
-            solutions[i], before, after = refine_columns(
-                w[order] if own_groups else w, H_grouped, solutions[i], spec, sweeps
+    H_grouped = _permuted(H, order) if own_groups and refine else H
+    fixed_spec = dataclasses.replace(spec, static_groups=True, block_size=spec.span)
+    row_group = (jnp.arange(count)[::-1] if own_groups else rows) // spec.group_size
+
+    def grouped(solved: Solution, static: bool) -> Solution:
+        return solved if own_groups else in_natural_order(solved, order, spec.group_size, static)
+
+    solutions = []
+    loss = gptq_loss = 0.0
+    width = panel_width(columns)
+    for start in range(0, columns, width):
+        w = _panel(W, dead, start, width)
+        solved, damped_loss, squares = solve(w, L, rows, spec)
+        solution = grouped(solved, spec.static_groups)
+        if refine:
+            solution, before, after = refine_columns(
+                w[order] if own_groups else w,
+                H_grouped,
+                solution,
+                lambda *grids, w=w: grouped(
+                    solve_on_grids(w, L, rows, row_group, grids, fixed_spec), True
+                ),
+                spec,
             )
-            gptq_loss, loss = gptq_loss + float(before.sum()), loss + float(after.sum())
-        del H_grouped
+        else:  # |e^T L|^2 is the loss with a damped H: the damping is taken off again
+            before = after = damped_loss - added * squares
+        gptq_loss, loss = gptq_loss + float(before.sum()), loss + float(after.sum())
+        solutions.append(solution)
+
     g_idx = None
     if own_groups:
         back = jnp.argsort(order)
         g_idx = back // spec.group_size
         solutions = [Solution(each.codes[back], *each[1:]) for each in solutions]
-    weight = _packed(solutions, g_idx, columns, spec)
+    weight = packed(solutions, g_idx, columns, spec)
     relative = float(_relative_loss(W, H, weight))
     return weight, Report(loss, relative, gptq_loss, used_damp, dead_rows, tuple(notes))
+
+
+def rtn(
+    W: ArrayLike,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    mse: float = 0.0,
+    scale_dtype: DTypeLike = jnp.float16,
+    name: str = "",
+) -> GptqWeight:
+    """Round W [K, N] to nearest, without calibration data; arguments and errors as of `gptq`."""
+    where = f"{name}: " if name else ""
+    W = _checked_weight(W, where)
+    spec = _checked_spec(where, W.shape[0], bits, group_size, sym, mse, 1, True, scale_dtype)
+    return packed([nearest(W, spec)], None, W.shape[1], spec)
+
+
+_permuted = jax.jit(lambda H, order: H[order[:, None], order[None, :]])
 
 
 def _order(diagonal: Array, desc_act: bool, act_group_aware: bool, group_size: int) -> Array:
@@ -171,21 +197,6 @@ def _panel(W: Array, dead: Array, start: int, width: int) -> Array:
     columns = start + jnp.arange(width)
     panel = jnp.take(W, columns, axis=1, mode="fill", fill_value=0)
     return jnp.where(dead[:, None], 0.0, panel)
-
-
-def _packed(solutions: list[Solution], g_idx: Array | None, columns: int, spec: Spec) -> GptqWeight:
-    """The panels, in natural order of rows, as one weight."""
-    count = solutions[0].codes.shape[0]
-    words = [_pack(each.codes, spec.bits) for each in solutions]
-    scales = [each.scales.astype(spec.scale_dtype) for each in solutions]
-    zeros = [each.zeros.astype(jnp.uint8) for each in solutions]
-    qweight, scales, zeros = (
-        jnp.concatenate(x, axis=1)[:, :columns] for x in (words, scales, zeros)
-    )
-    return GptqWeight(qweight, scales, zeros, g_idx, spec.bits, spec.group_size, count, columns)
-
-
-_pack = jax.jit(pack_codes, static_argnames="bits")
 
 
 @jax.jit

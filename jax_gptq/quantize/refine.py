@@ -1,224 +1,50 @@
-"""Coordinate descent on the loss of a solved layer: codes, scales and zero points, one by one.
+"""Beyond plain GPTQ: descent, and solving again on tighter grids."""
 
-The loss of a column is e^T H e with e = w - s (q - z), and G = H e its gradient (halved). With all
-else fixed, the best integer step of code k is G[k] / (s H[k, k]), rounded and clipped; the best
-step of the scale of a group, whose centred codes are c = q - z, is c^T G / c^T H c; the best step
-of its zero point is - 1^T G / (s 1^T H 1), rounded. Each step is taken where it lowers the loss, so
-a sweep can only lower it; a column whose measured loss is not lower in the end is handed back.
-"""
-
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim, fori_loop
 
+from jax_gptq.quantize.descent import descend
+from jax_gptq.quantize.grid import storable_scales
 from jax_gptq.quantize.solution import Solution
-from jax_gptq.quantize.spec import Spec, padded, sub_block
+from jax_gptq.quantize.spec import Spec
+
+# GPTQ takes its grids from the largest weight of a group. Each round shrinks the grids that are the
+# best so far, solves on them and descends; larger weights are clipped, and GPTQ spreads the error.
+_SHRINK = (0.94, 0.97, 1.0)
+_SWEEPS = 2
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "sweeps"))
 def refine(
-    W: Array, H: Array, solution: Solution, spec: Spec, sweeps: int
+    W: Array,
+    H: Array,
+    solution: Solution,
+    solve_again: Callable[[Array, Array], Solution],
+    spec: Spec,
 ) -> tuple[Solution, Array, Array]:
-    """Lower e^T H e of every column.
+    """For each column the best of what GPTQ, descent and solving on tighter grids have found.
 
     Args:
-      W: f32 [K, N], in an order in which the groups are consecutive.
-      H: f32 [K, K], symmetric, in that order, not damped.
-      solution: in that order.
-      spec: of the solve; `static_groups` is not looked at.
-      sweeps: passes over all rows.
+      W, H, solution, spec: as of `descend`.
+      solve_again: scales and zeros [G, N] -> GPTQ's solution on these grids.
 
     Returns:
-      The better solution, and two losses f32 [N]: before and after.
+      The solution; and losses f32 [N], of the given one and of this one, which is not higher.
     """
-    codes, scales, zeros = solution
-    count, columns = W.shape
-    span = _span(spec)
-    unit = min(span, spec.group_size)
-    size = padded(padded(count, span), spec.group_size if spec.group_size > span else 1)
-    pad = size - count
-    groups = scales.shape[0]
-    H = jnp.pad(H, ((0, pad), (0, pad)))
-    codes = jnp.pad(codes, ((0, pad), (0, 0)))
-    all_groups = -(-size // spec.group_size)
-    scales = jnp.pad(scales, ((0, all_groups - groups), (0, 0)), constant_values=1)
-    zeros = jnp.pad(zeros, ((0, all_groups - groups), (0, 0)))
-    # Padding rows have a code of zero and must have a weight of zero: their error stays out of it,
-    # because H knows nothing of them.
-    weights = jnp.pad(W, ((0, pad), (0, 0)))
-    row_scales, row_zeros = (jnp.repeat(x, spec.group_size, 0)[:size] for x in (scales, zeros))
-    errors = weights - row_scales * (codes - row_zeros)
-    before = _loss(H, errors)
-    start = (errors, codes, scales, zeros)
-
-    def sweep(_, state):
-        state = fori_loop(
-            0, size // span, functools.partial(_span_step, H, spec, span, unit), state
-        )
-        if spec.group_size > span:  # a group of several spans: its grid is refitted as a whole
-            state = fori_loop(0, all_groups, functools.partial(_group_step, H, spec), state)
-        return state
-
-    end = fori_loop(0, sweeps, sweep, start)
-    after = _loss(H, end[0])
-    better = after < before
-    _, codes, scales, zeros = (jnp.where(better, new, old) for new, old in zip(end, start))
-    refined = Solution(codes[:count], scales[:groups], zeros[:groups])
-    return refined, before, jnp.where(better, after, before)
+    _, before = descend(W, H, solution, spec, 0)
+    best, loss = _better(solution, before, *descend(W, H, solution, spec, 1))
+    for shrink in _SHRINK:
+        scales = storable_scales(best.scales * shrink, spec.scale_dtype)
+        again = solve_again(scales, best.zeros)
+        best, loss = _better(best, loss, *descend(W, H, again, spec, _SWEEPS))
+    return best, before, loss
 
 
-def _span(spec: Spec) -> int:
-    """Rows of one outer step: whole groups, or a block of a large group."""
-    if spec.group_size <= 2 * spec.block_size:
-        return spec.group_size * max(1, spec.block_size // spec.group_size)
-    return spec.block_size
-
-
-def _span_step(H, spec, span, unit, i, state):
-    errors, codes, scales, zeros = state
-    start = i * span
-    coupling = dynamic_slice_in_dim(H, start, span)
-    gradient = _matmul(coupling, errors)
-    coupling = dynamic_slice_in_dim(coupling, start, span, axis=1)
-    whole_groups = spec.group_size <= span
-    columns = errors.shape[1]
-
-    def unit_step(j, state):
-        changes, codes, scales, zeros = state
-        top = j * unit
-        group = (start + top) // spec.group_size
-        own = jax.lax.dynamic_slice(coupling, (top, top), (unit, unit))
-        own_codes = dynamic_slice_in_dim(codes, start + top, unit)
-        scale, zero = scales[group], zeros[group]
-        own_gradient = dynamic_slice_in_dim(gradient, top, unit)
-        if unit < span:  # what the units before have changed
-            own_gradient += _matmul(dynamic_slice_in_dim(coupling, top, unit), changes)
-        own_changes, own_codes = _unit_codes(own, own_gradient, own_codes, scale, spec.bits)
-        codes = dynamic_update_slice_in_dim(codes, own_codes, start + top, 0)
-        if whole_groups:
-            own_gradient += _matmul(own, own_changes)
-            grid, change = _regrid(own, own_gradient, own_codes, scale, zero, spec)
-            scales, zeros = (x.at[group].set(v) for x, v in zip((scales, zeros), grid))
-            own_changes += change
-        return dynamic_update_slice_in_dim(changes, own_changes, top, 0), codes, scales, zeros
-
-    changes, codes, scales, zeros = fori_loop(
-        0, span // unit, unit_step, (jnp.zeros((span, columns)), codes, scales, zeros)
-    )
-    own_errors = dynamic_slice_in_dim(errors, start, span) + changes
-    return dynamic_update_slice_in_dim(errors, own_errors, start, 0), codes, scales, zeros
-
-
-def _group_step(H, spec, group, state):
-    """Refit the grid of one large group."""
-    errors, codes, scales, zeros = state
-    size = spec.group_size
-    start = group * size
-    rows = dynamic_slice_in_dim(H, start, size)
-    own_codes = dynamic_slice_in_dim(codes, start, size)
-    grid, change = _regrid(
-        dynamic_slice_in_dim(rows, start, size, axis=1),
-        _matmul(rows, errors),
-        own_codes,
-        scales[group],
-        zeros[group],
-        spec,
-    )
-    own_errors = dynamic_slice_in_dim(errors, start, size) + change
-    errors = dynamic_update_slice_in_dim(errors, own_errors, start, 0)
-    return errors, codes, *(x.at[group].set(v) for x, v in zip((scales, zeros), grid))
-
-
-def _unit_codes(own, gradient, codes, scale, bits):
-    """One pass over the codes of a unit; returns the changes of the errors, and the codes.
-
-    own [rows, rows]; gradient, codes [rows, N]; scale [N].
-    """
-    rows = codes.shape[0]
-    sub = sub_block(rows)
-
-    def sub_step(k, carry):
-        changes, codes = carry
-        top = k * sub
-        coupling = dynamic_slice_in_dim(own, top, sub)
-        sub_gradient = dynamic_slice_in_dim(gradient, top, sub) + _matmul(coupling, changes)
-        sub_coupling = dynamic_slice_in_dim(coupling, top, sub, axis=1)
-        curvature = jnp.diagonal(sub_coupling)
-        # A dead row has no curvature, and no gradient either: its code stays.
-        inverse = jnp.where(curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 0)
-
-        def row_step(r, carry):
-            sub_gradient, sub_changes, sub_codes = carry
-            old = sub_codes[r].astype(jnp.float32)
-            new = jnp.clip(jnp.round(old + sub_gradient[r] * inverse[r] / scale), 0, 2**bits - 1)
-            change = -scale * (new - old)
-            sub_gradient += sub_coupling[:, r][:, None] * change[None, :]
-            return (
-                sub_gradient,
-                sub_changes.at[r].set(change),
-                sub_codes.at[r].set(new.astype(jnp.uint8)),
-            )
-
-        sub_codes = dynamic_slice_in_dim(codes, top, sub)
-        sub_start = (sub_gradient, jnp.zeros_like(sub_gradient), sub_codes)
-        _, sub_changes, sub_codes = fori_loop(0, sub, row_step, sub_start)
-        return (
-            dynamic_update_slice_in_dim(changes, sub_changes, top, 0),
-            dynamic_update_slice_in_dim(codes, sub_codes, top, 0),
-        )
-
-    return fori_loop(0, rows // sub, sub_step, (jnp.zeros_like(gradient), codes))
-
-
-def _regrid(own, gradient, codes, scale, zero, spec):
-    """Best scale, then best zero point, of one group.
-
-    own [rows, rows]; gradient, codes [rows, N]; scale, zero [N].
-
-    Returns:
-      (scale, zero) and the change of the errors [rows, N].
-    """
-    centred = codes - zero
-    curved = _matmul(own, centred)
-    slope = jnp.sum(centred * gradient, axis=0)
-    curvature = jnp.sum(centred * curved, axis=0)
-    dtype = jnp.dtype(spec.scale_dtype)
-    best = scale + slope / jnp.where(curvature > 0, curvature, 1)
-    info = jnp.finfo(dtype)
-    best = jnp.clip(best, float(info.tiny), float(info.max)).astype(dtype).astype(jnp.float32)
-    step = best - scale
-    # The rounded step may overshoot: the change of the loss decides.
-    step = jnp.where((curvature > 0) & (step * (step * curvature - 2 * slope) < 0), step, 0)
-    scale = scale + step
-    change = -step * centred
-    if spec.sym:
-        return (scale, zero), change
-    gradient = gradient - step * curved
-    slope = jnp.sum(gradient, axis=0)
-    curvature = jnp.sum(own)
-    shift = jnp.round(-slope / (scale * jnp.where(curvature > 0, curvature, 1)))
-    moved = jnp.clip(zero + shift, 0, 2**spec.bits - 1) - zero
-    gain = scale * moved * (2 * slope + scale * moved * curvature)
-    moved = jnp.where((curvature > 0) & (gain < 0), moved, 0)
-    return (scale, zero + moved), change + (scale * moved)[None, :]
-
-
-def _loss(H: Array, errors: Array) -> Array:
-    """e^T H e per column, in blocks of rows, so that H e is never held whole."""
-    size = H.shape[0]
-    rows = next(b for b in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if size % b == 0)
-
-    def add(i, loss):
-        own = dynamic_slice_in_dim(errors, i * rows, rows)
-        return loss + jnp.sum(
-            own * _matmul(dynamic_slice_in_dim(H, i * rows, rows), errors), axis=0
-        )
-
-    return fori_loop(0, size // rows, add, jnp.zeros((errors.shape[1],)))
-
-
-def _matmul(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+@jax.jit
+def _better(old: Solution, old_loss: Array, new: Solution, new_loss: Array):
+    """Column by column, the one of lower loss; a NaN never wins."""
+    better = new_loss < old_loss
+    kept = (jnp.where(better, n, o) for n, o in zip(new, old))
+    return Solution(*kept), jnp.where(better, new_loss, old_loss)

@@ -38,16 +38,30 @@ def solve(W: Array, L: Array, rows: Array, spec: Spec) -> tuple[Solution, Array,
       A `Solution` with rows in the order in which they were solved, and so are groups, unless they
       are static: then they are W's own; |e^T L|^2 f32 [N]; and |e|^2 f32 [N].
     """
+    grids = static_grids(W, spec) if spec.static_groups else None
+    return _solve(W, L, rows, rows // spec.group_size, grids, spec)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def solve_on_grids(
+    W: Array, L: Array, rows: Array, row_group: Array, grids: tuple[Array, Array], spec: Spec
+) -> Solution:
+    """As `solve`, with scales and zeros f32 [G, N] given; row_group int32 [K] in the order `rows`.
+
+    Groups stay as they are given.
+    """
+    return _solve(W, L, rows, row_group, grids, spec)[0]
+
+
+def _solve(W, L, rows, row_group, given, spec):
     count, columns = W.shape
     size = L.shape[0]
     span = spec.span
     groups = -(-count // spec.group_size)
     ordered = jnp.pad(W[rows], ((size - count, 0), (0, 0)))
-    row_group = jnp.pad(rows // spec.group_size, (size - count, 0))
-    if spec.static_groups:
-        grids = static_grids(W, spec)
-    else:  # padding may fill up whole groups of its own: their grids are dropped at the end
-        grids = (jnp.ones((size // spec.group_size, columns)),) * 2
+    row_group = jnp.pad(row_group, (size - count, 0))
+    # Padding may fill up whole groups of its own: their grids are dropped at the end.
+    grids = given or (jnp.ones((size // spec.group_size, columns)),) * 2
     spans = size // span
 
     def solve_span(i, carry):
@@ -62,7 +76,7 @@ def solve(W: Array, L: Array, rows: Array, spec: Spec) -> tuple[Solution, Array,
         a = fori_loop(spans - i, spans, add, jnp.zeros((span, columns)))
         own = jax.lax.dynamic_slice(L, (start, start), (span, span))
         w = dynamic_slice_in_dim(ordered, start, span)
-        if spec.static_groups:
+        if given:
             group = dynamic_slice_in_dim(row_group, start, span)
             own_scales, own_zeros = scales[group], zeros[group]
         else:
@@ -70,12 +84,12 @@ def solve(W: Array, L: Array, rows: Array, spec: Spec) -> tuple[Solution, Array,
             updated = w + jax.lax.linalg.triangular_solve(
                 own, a, left_side=True, lower=True, transpose_a=True
             )
-            grids = _grids(updated, spec)
+            own_grids = _grids(updated, spec)
             scales, zeros = (
-                dynamic_update_slice_in_dim(x, own_grids[::-1], i * own_grids.shape[0], 0)
-                for x, own_grids in zip((scales, zeros), grids)
+                dynamic_update_slice_in_dim(x, new[::-1], i * new.shape[0], 0)
+                for x, new in zip((scales, zeros), own_grids)
             )
-            own_scales, own_zeros = (jnp.repeat(x, spec.group_size, axis=0) for x in grids)
+            own_scales, own_zeros = (jnp.repeat(x, spec.group_size, axis=0) for x in own_grids)
         own_errors, own_codes, own_loss = _solve_span(w, a, own, own_scales, own_zeros, spec.bits)
         return (
             dynamic_update_slice_in_dim(errors, own_errors, start, 0),
@@ -100,6 +114,17 @@ def static_grids(W: Array, spec: Spec) -> tuple[Array, Array]:
     """Scales and zeros f32 [G, N] of consecutive groups of W [K, N] as it is."""
     size = padded(W.shape[0], spec.group_size)
     return _grids(jnp.pad(W, ((0, size - W.shape[0]), (0, 0))), spec)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def nearest(W: Array, spec: Spec) -> Solution:
+    """W [K, N] rounded to nearest on its static grids."""
+    scales, zeros = static_grids(W, spec)
+    row_scales, row_zeros = (
+        jnp.repeat(x, spec.group_size, axis=0)[: W.shape[0]] for x in (scales, zeros)
+    )
+    codes = round_codes(W, row_scales, row_zeros, spec.bits).astype(jnp.uint8)
+    return Solution(codes, scales, zeros)
 
 
 def _grids(w: Array, spec: Spec) -> tuple[Array, Array]:
@@ -128,7 +153,7 @@ def _solve_span(w, a, factor, scales, zeros, bits):
         part = [dynamic_slice_in_dim(x, top, sub) for x in (w, a, scales, zeros)]
         part[1] += _product(dynamic_slice_in_dim(factor, top, sub, axis=1), errors)
         own = jax.lax.dynamic_slice(factor, (top, top), (sub, sub))
-        own_errors, own_codes, own_loss = _solve_rows(*part, own, bits)
+        own_errors, own_codes, own_loss = _solve_rows(part, own, bits)
         return (
             dynamic_update_slice_in_dim(errors, own_errors, top, 0),
             dynamic_update_slice_in_dim(codes, own_codes, top, 0),
@@ -139,8 +164,9 @@ def _solve_span(w, a, factor, scales, zeros, bits):
     return fori_loop(0, rows // sub, solve_sub, start)
 
 
-def _solve_rows(w, a, scales, zeros, factor, bits):
-    """Row by row, from the last to the first; shapes as `_solve_span`."""
+def _solve_rows(part, factor, bits):
+    """Row by row, from the last to the first; part: w, a, scales, zeros as of `_solve_span`."""
+    w, a, scales, zeros = part
     rows, columns = w.shape
     pivots = jnp.diagonal(factor)
 

@@ -1,0 +1,107 @@
+"""What the linear layers of a module are given, and in which order they are called."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+Path = tuple[Any, ...]
+
+
+class _Recorder:
+    """Stands in the place of a layer and notes what it is called with."""
+
+    def __init__(self, layer: nnx.Linear, path: Path, calls: list[tuple[Path, Array]]):
+        self.layer, self.path, self.calls = layer, path, calls
+
+    def __call__(self, x: Array) -> Array:
+        self.calls.append((self.path, x))
+        return self.layer(x)
+
+
+def linear_paths(module: nnx.Module) -> list[Path]:
+    """Paths of the `nnx.Linear` layers of a module."""
+    return [path for path, child in nnx.iter_modules(module) if isinstance(child, nnx.Linear)]
+
+
+def child_at(module: Any, path: Path) -> Any:
+    """The child of that path."""
+    for key in path:
+        module = module[key] if isinstance(key, int) else getattr(module, key)
+    return module
+
+
+def set_child(module: Any, path: Path, child: Any) -> None:
+    """Put a child in the place of that path."""
+    parent = child_at(module, path[:-1])
+    if isinstance(path[-1], int):
+        parent[path[-1]] = child
+    else:
+        setattr(parent, path[-1], child)
+
+
+def stages(module: nnx.Module, paths: Sequence[Path], arguments: tuple) -> list[list[Path]]:
+    """Layers in the order in which they are first called; those of one input share a stage."""
+    found: list[tuple[Array, list[Path]]] = []
+    graph, state = nnx.split(module)
+
+    def trace(state, arguments):
+        seen = set()
+        for path, x in _calls(nnx.merge(graph, state), paths, arguments):
+            if path in seen:
+                continue
+            seen.add(path)
+            if found and found[-1][0] is x:
+                found[-1][1].append(path)
+            else:
+                found.append((x, [path]))
+
+    jax.eval_shape(trace, state, arguments)
+    return [stage for _, stage in found]
+
+
+def _calls(module, paths, arguments) -> list[tuple[Path, Array]]:
+    calls: list[tuple[Path, Array]] = []
+    for path in paths:
+        set_child(module, path, _Recorder(child_at(module, path), path, calls))
+    module(*arguments)
+    return calls
+
+
+def layer_inputs(module: nnx.Module, path: Path, arguments: tuple) -> list[Array]:
+    """Everything that the layer is called with, [rows, K] each; for use while tracing."""
+    return [x.reshape(-1, x.shape[-1]) for _, x in _calls(module, [path], arguments)]
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "path"))
+def input_moments(graph, state, path: Path, arguments: tuple) -> tuple[Array, Array, Array]:
+    """sum x x^T f32 [K, K] over a layer's inputs x; its rows; and how many elements are not finite.
+
+    Nothing behind the layer is computed.
+    """
+    x = jnp.concatenate(layer_inputs(nnx.merge(graph, state), path, arguments))
+    x = x.astype(jnp.float32)
+    return _product(x, x), jnp.array(x.shape[0]), jnp.sum(~jnp.isfinite(x))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "path"))
+def cross_moment(graph, state, float_state, path: Path, arguments: tuple, float_arguments: tuple):
+    """sum x (x' - x)^T f32 [K, K], where x' is the input with `float_state`, for GPTAQ."""
+    x = jnp.concatenate(layer_inputs(nnx.merge(graph, state), path, arguments))
+    wanted = jnp.concatenate(layer_inputs(nnx.merge(graph, float_state), path, float_arguments))
+    x, wanted = x.astype(jnp.float32), wanted.astype(jnp.float32)
+    return _product(x, wanted - x)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def call(graph, state, arguments: tuple):
+    """The module on its arguments."""
+    return nnx.merge(graph, state)(*arguments)
+
+
+def _product(x: Array, y: Array) -> Array:
+    return jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
