@@ -192,7 +192,9 @@ def compiled_decode(model) -> str:
     graph, state = nnx.split(model)
     sampler, stop = Sampler.make(1, 0.0, None, None, None), jnp.zeros(0, jnp.int32)
     ids = jnp.zeros((1, 16), jnp.int32)
-    progress = generation.prefill(graph, state, ids, jnp.array([5]), sampler, stop, slots=32, pad=0)
+    progress = generation.prefill(
+        graph, state, ids, jnp.array([5]), sampler, stop, slots=32, dtype=jnp.float32, pad=0
+    )
     lowered = generation.decode.lower(graph, state, progress, sampler, stop, jnp.int32(9), pad=0)
     return lowered.compile().as_text()
 
@@ -201,12 +203,15 @@ HLO_TYPES = {"uint32": "u32", "uint8": "u8", "float16": "f16", "int32": "s32", "
 
 
 @needs_checkpoints
-def test_hlo_neither_copies_nor_embeds_packed_weights():
-    """Weights are loop-invariant arguments: only the matmul reads them, and the cache is updated
-    in place."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_hlo_neither_copies_nor_embeds_weights(dtype):
+    """Weights are loop-invariant arguments: only the matmul reads them, no other copy of the
+    embedding is made, and the cache is updated in place."""
     folder = next(folder for folder in FOLDERS if folder.name == "llama_w4_g128_sym_v1")
-    model = jax_gptq.models.load(folder, dtype=jnp.float32)
+    model = jax_gptq.models.load(folder, dtype=dtype)
     hlo = compiled_decode(model)
+    outside = re.sub(r"(?ms)^%fused_computation.*?^}", "", hlo)  # what becomes an array in memory
+    assert not re.search(r"= \S+\[512,256\]\S* (fusion|convert|copy)\(", outside)
     for layer in jax_gptq.models.linears(model).values():
         if not isinstance(layer, jax_gptq.nnx.GptqLinear):
             continue

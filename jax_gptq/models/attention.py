@@ -76,7 +76,7 @@ def attention(
     Returns:
       [B, T, heads * head_dim] in q's dtype, and the keys and values to keep.
     """
-    batch, count, heads, head_dim = q.shape
+    dtype, (batch, count, heads, head_dim) = q.dtype, q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
     # One batch dimension [B * kv_heads], the rows of a group and all its tokens under one another.
@@ -84,10 +84,10 @@ def attention(
     q = q.reshape(batch, count, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4).reshape(rows)
     keys, values = (jnp.swapaxes(y, 1, 2).reshape(-1, count, head_dim) for y in (k, v))
     if cached is not None:
-        keys = _write(cached[0], keys, positions[:, 0])
-        values = _write(cached[1], values, positions[:, 0])
+        keys = _write(cached[0], keys.astype(cached[0].dtype), positions[:, 0])
+        values = _write(cached[1], values.astype(cached[1].dtype), positions[:, 0])
     scores = scale * jax.lax.dot_general(
-        q,
+        q.astype(keys.dtype),
         keys,
         (((2,), (2,)), ((0,), (0,))),
         precision=jax.lax.Precision.HIGHEST,
@@ -106,7 +106,7 @@ def attention(
         preferred_element_type=jnp.float32,
     )
     mixed = mixed.reshape(batch, kv_heads, group, count, head_dim).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, count, heads * head_dim).astype(q.dtype), (keys, values)
+    return mixed.reshape(batch, count, heads * head_dim).astype(dtype), (keys, values)
 
 
 def _write(cache: Array, new: Array, slots: Array) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_gptq.errors import ModelError
 from jax_gptq.models.attention import KeyValue, make_context
@@ -46,7 +46,7 @@ class Progress:
     step: Array
 
 
-@jax.jit(static_argnames=("graph", "slots", "pad"))
+@jax.jit(static_argnames=("graph", "slots", "dtype", "pad"))
 def prefill(
     graph: nnx.GraphDef,
     state: nnx.State,
@@ -56,9 +56,13 @@ def prefill(
     stop: Array,
     *,
     slots: int,
+    dtype: DTypeLike | None,
     pad: int,
 ) -> Progress:
-    """Run the prompts [B, T], keep their keys and values in `slots` slots, choose a first token."""
+    """Run the prompts [B, T], keep their keys and values in `slots` slots, choose a first token.
+
+    `dtype`: of the cache; None: the model's.
+    """
     model = nnx.merge(graph, state)
     batch, count = input_ids.shape
     context = make_context(model.config, token_positions(input_ids), count)
@@ -67,7 +71,7 @@ def prefill(
     token = sampler(model.logits(last), jnp.int32(0))
     unused = ((0, 0), (0, slots - count), (0, 0))
     return Progress(
-        cached=[(jnp.pad(k, unused), jnp.pad(v, unused)) for k, v in kept],
+        cached=jax.tree.map(lambda y: jnp.pad(y.astype(dtype or y.dtype), unused), kept),
         positions=lengths,
         token=token,
         tokens=jnp.full((batch, slots), pad, jnp.int32).at[:, 0].set(token),
@@ -142,7 +146,9 @@ def stream(
     padded = bucket(count)
     slots = bucket(max(padded, count + max_new_tokens))
     ids = jnp.pad(ids, ((0, 0), (0, padded - count)))
-    progress = prefill(graph, state, ids, lengths, sampler, stop, slots=slots, pad=pad)
+    progress = prefill(
+        graph, state, ids, lengths, sampler, stop, slots=slots, dtype=_cache_dtype(state), pad=pad
+    )
     done = 0
     while True:
         step = int(progress.step)
@@ -152,3 +158,10 @@ def stream(
             return
         until = jnp.int32(min(done + chunk, max_new_tokens))
         progress = decode(graph, state, progress, sampler, stop, until, pad=pad)
+
+
+def _cache_dtype(state: nnx.State) -> DTypeLike | None:
+    """f32 on a CPU: XLA updates a 16-bit array there by way of an f32 copy of all of it."""
+    leaf = jax.tree.leaves(state)[0]
+    on_cpu = isinstance(leaf, jax.Array) and {d.platform for d in leaf.devices()} == {"cpu"}
+    return jnp.float32 if on_cpu else None

@@ -122,7 +122,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Array) -> Array:
         """ids int [...] -> [..., features]."""
-        return jnp.take(self.weight[...], ids, axis=0)
+        # Behind the barrier a 16-bit table is not loop-invariant: XLA's CPU backend would gather
+        # from a float32 copy of all of it, made ahead of the loop over tokens.
+        table, ids = jax.lax.optimization_barrier((self.weight[...], ids))
+        return jnp.take(table, ids, axis=0)
 
     def logits(self, x: Array) -> Array:
         """x [..., features] -> f32 [..., count]: the table as the output head."""
