@@ -129,7 +129,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   constexpr int kCodeBytes = step_bytes(kBits) / 2;
   constexpr int kLoads = kCodeBytes / 512;  // 16-byte loads of a lane per step
   constexpr int kSteps16 = kStepK / kFragmentK;
-  constexpr int kSets = kFine ? kSteps16 : 1;  // of parameters held at once
+  constexpr int kSets = kFine ? kSteps16 : 1;  // of parameters fetched at once
   static_assert((kStages & (kStages - 1)) == 0);
 
   const Problem& p = args.problem;
@@ -198,8 +198,8 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   bool parameters_real = false;
   uint32_t next_scale[kSets][4];  // as stored, of rows lane / 4 + 8 i of the strip
   uint32_t next_zero[kSets][4];
-  auto fetch_parameters = [&] {
-    if (units_left == 0) {
+  auto fetch_parameters = [&](int set) {
+    if (set == 0 && units_left == 0) {
       parameters_column += clusters;
       units_left = run_units;
       unit = first_unit;
@@ -208,54 +208,52 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       parameters = parameter_index(p.groups, 0, n) + lane / 4;
     }
     if (parameters_real) {
+      const int group = kFine ? min(args.group.divide(unit * kSteps16 + set), p.groups - 1) : unit;
+      const int64_t at = parameters + static_cast<int64_t>(group) * kTileN;
+      const uint8_t* zeros = static_cast<const uint8_t*>(p.zeros) + at;
+      const uint16_t* short_scales = static_cast<const uint16_t*>(p.scales) + at;
+      const uint32_t* long_scales = static_cast<const uint32_t*>(p.scales) + at;
 #pragma unroll
-      for (int set = 0; set < kSets; ++set) {
-        const int group =
-            kFine ? min(args.group.divide(unit * kSteps16 + set), p.groups - 1) : unit;
-        const int64_t at = parameters + static_cast<int64_t>(group) * kTileN;
-        const uint8_t* zeros = static_cast<const uint8_t*>(p.zeros) + at;
-        const uint16_t* short_scales = static_cast<const uint16_t*>(p.scales) + at;
-        const uint32_t* long_scales = static_cast<const uint32_t*>(p.scales) + at;
+      for (int i = 0; i < 4; ++i) next_zero[set][i] = ld_global_nc<uint8_t>(zeros + 8 * i);
+      if (p.scale_type == Dtype::kF32) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) next_zero[set][i] = ld_global_nc<uint8_t>(zeros + 8 * i);
-        if (p.scale_type == Dtype::kF32) {
+        for (int i = 0; i < 4; ++i) {
+          next_scale[set][i] = ld_global_nc<uint32_t>(long_scales + 8 * i);
+        }
+      } else {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            next_scale[set][i] = ld_global_nc<uint32_t>(long_scales + 8 * i);
-          }
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            next_scale[set][i] = ld_global_nc<uint16_t>(short_scales + 8 * i);
-          }
+        for (int i = 0; i < 4; ++i) {
+          next_scale[set][i] = ld_global_nc<uint16_t>(short_scales + 8 * i);
         }
       }
     }
-    ++unit;
-    --units_left;
+    if (set == kSets - 1) {
+      ++unit;
+      --units_left;
+    }
   };
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) next_scale[set][i] = next_zero[set][i] = 0;
   }
-  if (run_steps > 0) fetch_parameters();
+  if (run_steps > 0) {
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) fetch_parameters(set);
+  }
 
-  float scale[kSets][4];
-  uint32_t zero[kSets][4];
-  auto take_parameters = [&] {
+  float scale[4];
+  uint32_t zero[4];
+  auto take_parameters = [&](int set) {
 #pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        zero[set][i] = prepare_zero<T, kBits>(next_zero[set][i]);
-        const uint32_t stored = next_scale[set][i];
-        scale[set][i] = p.scale_type == Dtype::kF16 ? to_float<F16>(static_cast<uint16_t>(stored))
-                        : p.scale_type == Dtype::kBf16 ? bits_float(stored << 16)
-                                                       : bits_float(stored);
-      }
+    for (int i = 0; i < 4; ++i) {
+      zero[i] = prepare_zero<T, kBits>(next_zero[set][i]);
+      const uint32_t stored = next_scale[set][i];
+      scale[i] = p.scale_type == Dtype::kF16    ? to_float<F16>(static_cast<uint16_t>(stored))
+                 : p.scale_type == Dtype::kBf16 ? bits_float(stored << 16)
+                                                : bits_float(stored);
     }
-    fetch_parameters();
+    fetch_parameters(set);
   };
 
   // ---- x, for as long as the block lives ----
@@ -280,14 +278,14 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       }
     }
   };
-  auto end_group = [&](int set) {
+  auto end_group = [&] {
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
 #pragma unroll
       for (int r = 0; r < kRight; ++r) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          total[f][r][i] = fmaf(scale[set][2 * f + i / 2], sum[f][r][i], total[f][r][i]);
+          total[f][r][i] = fmaf(scale[2 * f + i / 2], sum[f][r][i], total[f][r][i]);
         }
       }
     }
@@ -306,7 +304,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     int left = done ? 0 : run_steps;
     int unit_left = first_unit_steps;
     while (left > 0) {
-      take_parameters();
+      if (!kFine) take_parameters(0);
       left -= unit_left;
 #pragma unroll 1
       for (; unit_left > 0; --unit_left) {
@@ -325,13 +323,13 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 #pragma unroll
           for (int j = 0; j < kSteps16; ++j) {
             if (kRight == 2 || j % 2 == 0) ldmatrix_x4(right, x_step + j * 32);
-            const int set = kFine ? j : 0;
+            if (kFine) take_parameters(j);
 #pragma unroll
             for (int f = 0; f < 2; ++f) {
               uint32_t a[4];
               const uint32_t* fragment =
                   kBits == 4 ? &words[f][j] : &words[kLoads == 4 ? j / 2 * 2 + f : 0][j % 2 * 2];
-              exact_fragment<T, kBits>(a, fragment, &zero[set][2 * f]);
+              exact_fragment<T, kBits>(a, fragment, &zero[2 * f]);
 #pragma unroll
               for (int r = 0; r < kRight; ++r) {
                 const int at = kRight == 2 ? 2 * r : j % 2 * 2;
@@ -339,14 +337,14 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
                 mma_m16n8k16<T>(sum[f][r], a, b);
               }
             }
-            if (kFine) end_group(set);
+            if (kFine) end_group();
           }
         }
         copy_codes(offset);
         offset = (offset + kCodeBytes) & (kStages * kCodeBytes - 1);
         x_step += kStepK * 2;
       }
-      if (!kFine) end_group(0);
+      if (!kFine) end_group();
       unit_left = min(unit_steps, left);
     }
 
