@@ -37,11 +37,14 @@ __all__ = [
     "load_weights",
     "open_checkpoint",
     "prepare",
+    "save_checkpoint",
     "save_weights",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "save_checkpoint":
+        return importlib.import_module("jax_gptq.quantize.save").save_checkpoint
     if name not in _SUBMODULES:
         raise AttributeError(f"module 'jax_gptq' has no attribute {name!r}")
     try:

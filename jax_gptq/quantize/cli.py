@@ -17,6 +17,7 @@ from jax_gptq.quantize.report import Report
 
 # Files of a model folder that a quantized model needs as they are.
 _COPIED = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+_EMBEDDINGS = (".embed_tokens.weight", ".wte.weight")
 _COPIED_NAMES = ("generation_config.json", "spiece.model")
 
 
@@ -82,12 +83,12 @@ def run(args: argparse.Namespace) -> int:
     written = partial / "checkpoint"
     shutil.rmtree(written, ignore_errors=True)
     stored = open_checkpoint(args.model)
-    embedding = next(name for name in stored.names() if ".".join(["", name]).endswith(_EMBEDDINGS))
+    embedding = next(name for name in stored.names() if f".{name}".endswith(_EMBEDDINGS))
     save_checkpoint(
         quantized,
         written,
         checkpoint_format=args.format,
-        dtype=stored.dtype(embedding),
+        dtype=stored.tensor(embedding).dtype,
         max_shard_size=args.max_shard_size,
     )
     for file in sorted(args.model.iterdir()):
@@ -102,9 +103,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-_EMBEDDINGS = (".embed_tokens.weight", ".wte.weight")
-
-
 def _batches(args: argparse.Namespace, max_positions: int | None) -> list[np.ndarray]:
     """Evenly spaced windows of the text: int32 [batch, context] each."""
     from jax_gptq.models.tokenizer import Tokenizer
@@ -112,7 +110,7 @@ def _batches(args: argparse.Namespace, max_positions: int | None) -> list[np.nda
     if not args.data.is_file():
         raise MissingFileError(f"{args.data}: expected a text file, found no such file")
     tokens = np.asarray(
-        Tokenizer.load(args.model).encode(args.data.read_text(encoding="utf-8")), np.int32
+        Tokenizer(args.model).encode(args.data.read_text(encoding="utf-8")), np.int32
     )
     context = args.context or min(max_positions or 2048, 2048)
     if args.samples < 1 or args.batch_size < 1 or context < 1:

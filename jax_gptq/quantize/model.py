@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +34,19 @@ from jax_gptq.quantize.stages import (
 from jax_gptq.reference import dequantize
 from jax_gptq.weight import GptqWeight
 
+M = TypeVar("M", bound=nnx.Module)
 OnLayer = Callable[[str, Report], None]
 
 
 def quantize_model(
-    model: nnx.Module,
+    model: M,
     batches: Iterable[Any],
     config: QuantizeConfig = QuantizeConfig(),  # noqa: B008  (frozen)
     *,
     names: Iterable[str] | None = None,
     finished: str | FilePath | None = None,
     on_layer: OnLayer | None = None,
-) -> nnx.Module:
+) -> M:
     """Quantize the linear layers of a model with GPTQ.
 
     A `CausalLM` goes block by block, and holds the hidden states of one block at a time; any other
