@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jax_gptq.cli import main
 from jax_gptq.errors import ModelError
+from jax_gptq.models import embedded_path
 from jax_gptq.models.perplexity import mean_loss, perplexity
 
 VOCAB = 11
@@ -74,3 +76,37 @@ def test_bad_context_and_non_finite_logits_are_named_errors():
     model.table[...] = jnp.full((VOCAB, VOCAB), jnp.nan)
     with pytest.raises(ModelError, match="finite"):
         perplexity(model, np.arange(5))
+
+
+# English of the kind that the embedded model was trained on; no sentence is from that text.
+TEXT = """\
+If the file does not exist, an error is raised. The default is to return the value of the first
+argument. This method is called when the object is no longer used, and it may be overridden in a
+subclass.
+"""
+
+
+def test_command_line_shows_models_side_by_side(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    folder = str(embedded_path())
+    assert main(["eval", folder, folder, "--data", str(text)]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["model", "tokens", "perplexity", "bits/byte", "loss"]
+    assert len(lines) == 2 and lines[0] == lines[1]
+    name, tokens, value, bits_per_byte, loss = lines[0].split()
+    assert name == folder
+    # An untrained model would be near its vocabulary of 2048.
+    assert 1 < float(value) < 60
+    assert float(loss) == pytest.approx(np.log(float(value)), abs=1e-3)
+    bits = float(loss) * (int(tokens) - 1) / np.log(2)
+    assert float(bits_per_byte) == pytest.approx(bits / len(TEXT), rel=1e-3)
+
+
+def test_command_line_names_a_missing_text(tmp_path, capsys):
+    assert main(["eval", str(embedded_path()), "--data", str(tmp_path / "none.txt")]) == 2
+    assert "none.txt" in capsys.readouterr().err
+
+
+def test_embedded_model_is_small():
+    assert sum(file.stat().st_size for file in embedded_path().iterdir()) <= 3_000_000
