@@ -143,6 +143,32 @@ void cp_async_wait() {
 inline void block_sync() { machine->barrier(0, machine->launched().threads); }
 inline void warp_sync() { machine->warp_barrier(); }
 
+template <class T>
+T shuffle(T value, int lane) {
+  struct Operands {
+    T value;
+    int lane;
+    T received;
+  } mine{value, lane, value};
+  machine->collective<Operands>("shuffle", mine, [](const auto& lanes) {
+    for (auto* to : lanes) to->received = lanes[to->lane & 31]->value;
+  });
+  return mine.received;
+}
+
+template <class T>
+T shuffle(T value, int lane) {
+  struct Operands {
+    T value;
+    int lane;
+    T result;
+  } mine{value, lane, value};
+  machine->collective<Operands>("shuffle", mine, [](const auto& lanes) {
+    for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[lanes[i]->lane]->value;
+  });
+  return mine.result;
+}
+
 // ---- Tensor cores ----------------------------------------------------------------------------
 
 template <class T>
