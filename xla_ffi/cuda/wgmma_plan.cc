@@ -14,10 +14,14 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
     return ceil_div(problem.n, block_n) * ceil_div(problem.m, block_m);
   };
   const int half = wgmma_resident_clusters(2, device.processors);
+  const bool long_k = problem.k >= 8192;  // the sums of a split cost little beside its products
   plan.block_n = 128;
   if (problem.m <= 64) {
     plan.block_m = problem.m <= 32 ? 32 : 64;
-    if (problem.m <= 32 || ceil_div(problem.n, 256) * 3 > half) plan.block_n = 256;
+    const int wide = ceil_div(problem.n, 256);
+    if (problem.m <= 32 || wide * 3 > half || (long_k && wide * 4 <= half)) plan.block_n = 256;
+  } else if (!long_k && tiles(128, 64) <= half) {
+    plan.block_m = 64;
   } else if (problem.m <= 128 || tiles(128, 256) <= half) {
     plan.block_m = 128;
   } else {
