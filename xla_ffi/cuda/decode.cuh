@@ -22,36 +22,30 @@
 
 namespace jax_gptq::cuda {
 
-// Copies the part of x of the steps [first, last) to shared memory, zeros beyond k.
-template <class T>
-__device__ __forceinline__ void decode_load_x(const DecodeArguments& args, uint32_t x, int first,
-                                              int last) {
+// Starts copying the part of x of the steps [first, last) to shared memory, zeros beyond k.
+__device__ __forceinline__ void decode_copy_x(const DecodeArguments& args, int first, int last) {
   const Problem& p = args.problem;
   const int pieces = args.x_pieces.value;  // of the longest split
   const int present = (last - first) * (kStepK / 8);
-  const int pitch = args.x_pitch;
-  const uint16_t* source = static_cast<const uint16_t*>(p.x);
   for (int i = threadIdx.x; i < p.m * pieces; i += kDecodeThreads) {
     const int row = args.x_pieces.divide(i);
     const int piece = i - row * pieces;
     if (piece >= present) continue;
     const int k = first * kStepK + piece * 8;
-    const uint16_t* from = source + static_cast<int64_t>(row) * p.k + k;
-    uint4 value = make_uint4(0, 0, 0, 0);
+    const uint16_t* from = static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(row) * p.k + k;
+    const uint32_t to = shared_base() + args.x + row * args.x_pitch + piece * 16;
     if (p.k % 8 == 0) {
-      if (k < p.k) value = ld_global_nc<uint4>(from);
+      const bool valid = k < p.k;
+      cp_async_16(to, valid ? static_cast<const void*>(from) : p.x, valid);
     } else {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t low = k + 2 * j < p.k ? ld_global_nc<uint16_t>(from + 2 * j) : 0;
-        const uint32_t high = k + 2 * j + 1 < p.k ? ld_global_nc<uint16_t>(from + 2 * j + 1) : 0;
-        pairs[j] = low | high << 16;
+#pragma unroll 1
+      for (int e = 0; e < 8; ++e) {
+        const uint16_t value = k + e < p.k ? ld_global_nc<uint16_t>(from + e) : 0;
+        st_shared(to + 2 * e, value);
       }
-      value = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
-    st_shared(x + row * pitch + piece * 16, value);
   }
+  cp_async_commit();
 }
 
 // y [row, n] from the sum over all of K.
@@ -152,6 +146,9 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 
   auto column_n = [&](int column) { return ((column << args.strips_log2) + strip) * kStripN; };
 
+  // x is copied first, for as long as the block lives: everything waits for it.
+  decode_copy_x(args, first_step, last_step);
+
   // ---- The stream of codes ----
   const uint32_t ring = shared_base() + warp * kStages * kCodeBytes + lane * kLaneBytes;
   const char* codes = nullptr;  // this lane's next 16 bytes
@@ -179,11 +176,6 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     codes += step_bytes(kBits);
     --codes_left;
   };
-  if (run_steps > 0) {
-#pragma unroll 1
-    for (int i = 0; i < kStages; ++i) copy_codes(i * kCodeBytes);
-  }
-
   // ---- The stream of scales and zero points ----
   // They change with the group or, where groups end inside steps, are fetched for every step.
   const int unit_steps = kFine ? 1 : args.group.value;
@@ -191,13 +183,14 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   const int first_unit_steps = min((first_unit + 1) * unit_steps - run_first, run_steps);
   const int run_units =
       kFine ? run_steps : args.group.divide(run_first + run_steps - 1) - first_unit + 1;
-  int64_t parameters = 0;  // index of this lane's first row, group 0
+  int64_t parameters = 0;  // index of this lane's row, group 0
   int parameters_column = cluster - clusters;
   int units_left = 0;
   int unit = 0;
   bool parameters_real = false;
-  uint32_t next_scale[kSets][4];  // as stored, of rows lane / 4 + 8 i of the strip
-  uint32_t next_zero[kSets][4];
+  // Of row `lane` of the strip, as stored.
+  uint32_t next_scale[kSets];
+  uint32_t next_zero[kSets];
   auto fetch_parameters = [&](int set) {
     if (set == 0 && units_left == 0) {
       parameters_column += clusters;
@@ -205,27 +198,15 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       unit = first_unit;
       const int n = column_n(parameters_column);
       parameters_real = n < p.n;
-      parameters = parameter_index(p.groups, 0, n) + lane / 4;
+      parameters = parameter_index(p.groups, 0, n) + lane;
     }
     if (parameters_real) {
       const int group = kFine ? min(args.group.divide(unit * kSteps16 + set), p.groups - 1) : unit;
       const int64_t at = parameters + static_cast<int64_t>(group) * kTileN;
-      const uint8_t* zeros = static_cast<const uint8_t*>(p.zeros) + at;
-      const uint16_t* short_scales = static_cast<const uint16_t*>(p.scales) + at;
-      const uint32_t* long_scales = static_cast<const uint32_t*>(p.scales) + at;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) next_zero[set][i] = ld_global_nc<uint8_t>(zeros + 8 * i);
-      if (p.scale_type == Dtype::kF32) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          next_scale[set][i] = ld_global_nc<uint32_t>(long_scales + 8 * i);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          next_scale[set][i] = ld_global_nc<uint16_t>(short_scales + 8 * i);
-        }
-      }
+      next_zero[set] = ld_global_nc<uint8_t>(static_cast<const uint8_t*>(p.zeros) + at);
+      next_scale[set] = p.scale_type == Dtype::kF32
+                            ? ld_global_nc<uint32_t>(static_cast<const uint32_t*>(p.scales) + at)
+                            : ld_global_nc<uint16_t>(static_cast<const uint16_t*>(p.scales) + at);
     }
     if (set == kSets - 1) {
       ++unit;
@@ -233,32 +214,37 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     }
   };
 #pragma unroll
-  for (int set = 0; set < kSets; ++set) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) next_scale[set][i] = next_zero[set][i] = 0;
-  }
+  for (int set = 0; set < kSets; ++set) next_scale[set] = next_zero[set] = 0;
   if (run_steps > 0) {
 #pragma unroll
     for (int set = 0; set < kSets; ++set) fetch_parameters(set);
   }
 
-  float scale[4];
+  float scale[4];  // of rows lane / 4 + 8 i of the strip
   uint32_t zero[4];
   auto take_parameters = [&](int set) {
+    const uint32_t own_zero = prepare_zero<T, kBits>(next_zero[set]);
+    const uint32_t stored = next_scale[set];
+    const float own_scale = p.scale_type == Dtype::kF16
+                                ? to_float<F16>(static_cast<uint16_t>(stored))
+                            : p.scale_type == Dtype::kBf16 ? bits_float(stored << 16)
+                                                           : bits_float(stored);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      zero[i] = prepare_zero<T, kBits>(next_zero[set][i]);
-      const uint32_t stored = next_scale[set][i];
-      scale[i] = p.scale_type == Dtype::kF16    ? to_float<F16>(static_cast<uint16_t>(stored))
-                 : p.scale_type == Dtype::kBf16 ? bits_float(stored << 16)
-                                                : bits_float(stored);
+      zero[i] = shuffle(own_zero, lane / 4 + 8 * i);
+      scale[i] = shuffle(own_scale, lane / 4 + 8 * i);
     }
     fetch_parameters(set);
   };
 
-  // ---- x, for as long as the block lives ----
-  decode_load_x<T>(args, shared_base() + args.x, first_step, last_step);
-  block_sync();
+  if (run_steps > 0) {
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) copy_codes(i * kCodeBytes);
+    cp_async_wait<kStages>();
+  } else {
+    cp_async_wait<0>();
+  }
+  block_sync();  // x is there.
   // Lane addresses for ldmatrix. 8 columns: matrix j is k 8 j of 32; 16 columns: matrix j is
   // k 8 (j % 2) of 16, rows of x 8 (j / 2).
   const int x_row = min(lane % 8 + (kRight == 2 ? lane / 16 * 8 : 0), p.m - 1);

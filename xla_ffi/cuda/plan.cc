@@ -9,12 +9,14 @@
 namespace jax_gptq::cuda {
 namespace {
 
-// The estimates below only rank plans. Bytes per nanosecond that one multiprocessor reads from
-// memory and from the L2 cache, and nanoseconds of a block's sums, of a cluster and of a kernel.
-constexpr double kMemoryRate = 32.0;
+// The estimates below only rank plans; fitted to times on an H200. Bytes per nanosecond that the
+// device reads from memory, that one multiprocessor can take in, and that it reads from the L2
+// cache; nanoseconds of adding up a column's sums, of a cluster and of a second kernel.
+constexpr double kMemoryRate = 4000.0;
+constexpr double kBlockRate = 40.0;
 constexpr double kCacheRate = 48.0;
-constexpr double kSumsTime = 150.0;
-constexpr double kClusterTime = 400.0;
+constexpr double kSumsTime = 1000.0;
+constexpr double kClusterTime = 600.0;
 constexpr double kKernelTime = 2000.0;
 
 constexpr int kMaxWorkspaceSplits = 16;
@@ -54,9 +56,10 @@ Plan plan_decode(const Problem& problem, const Device& device) {
       const int launched = std::min(columns, resident_groups(device.processors, splits, clusters));
       const int rounds = ceil_div(columns, launched);
       const int parts = kDecodeWarps / strips;
-      const double x_time = p.m * split_steps * kStepK * 2 / kCacheRate;
+      const double x_time = p.m / 2 * split_steps * kStepK * 2 / kCacheRate;
       const double weight_time = ceil_div(split_steps, parts) * kDecodeWarps *
-                                 static_cast<double>(step_bytes(p.bits) / 2) / kMemoryRate;
+                                 static_cast<double>(step_bytes(p.bits) / 2) /
+                                 std::min(kBlockRate, kMemoryRate / (launched * splits));
       double time = rounds * (weight_time + kSumsTime) + x_time;
       if (splits > 1) time += clusters ? kClusterTime : kKernelTime;
       if (best.kernel != Kernel::kNone && time >= best_time) continue;

@@ -134,6 +134,12 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
+// The value of `lane`, to all lanes of the warp.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // ---- Tensor cores ----------------------------------------------------------------------------
 
 // d[16 x 8] += a[16 x 16] b[16 x 8], 16-bit factors, f32 sums. With g = lane / 4, t = lane % 4: a
