@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="float checkpoint folder")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write; must not exist")
     parser.add_argument("--data", type=Path, required=True, help="UTF-8 text to calibrate on")
-    parser.add_argument("--bits", type=int, default=defaults.bits, choices=range(2, 9))
+    parser.add_argument("--bits", type=int, default=defaults.bits, choices=(2, 3, 4, 8))
     parser.add_argument("--group-size", type=int, default=defaults.group_size, help="-1: one group")
     parser.add_argument("--asym", action="store_true", help="zero points per group")
     parser.add_argument("--desc-act", action="store_true", help="solve important rows first")

@@ -226,6 +226,11 @@ def _chosen(model: nnx.Module, names: Iterable[str] | None) -> list[Path]:
     paths = {_name(path): path for path in linear_paths(model)}
     wanted = list(paths) if names is None else list(names)
     missing = [name for name in wanted if name not in paths]
+    if not paths:
+        raise QuantizationError(
+            "expected a model with float nnx.Linear layers, found none: it may be quantized "
+            "already; start from the float checkpoint"
+        )
     if missing or not wanted:
         raise MissingTensorError(
             f"expected names of nnx.Linear layers, found {missing[:5]} which this model does not "
