@@ -17,6 +17,7 @@ Writes benchmarks/results/gpu_matmul.json and .png. Needs a GPU, and the package
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import statistics
 import subprocess
@@ -46,7 +47,7 @@ GOALS = {
     4096: (189.0, 662.0, 2650.0),
 }
 GOAL_WEIGHTS = (4096 * 4096, 4096 * 14336, 8192 * 28672)
-Chain = Callable[[jax.Array, list], list[jax.Array]]
+Chain = Callable[[jax.Array, list, list[jax.Array]], list[jax.Array]]
 
 
 def random_weight(k: int, n: int, scale_dtype: jnp.dtype) -> jax_gptq.GptqWeight:
@@ -71,10 +72,14 @@ def rotating(store: CudaStore, count: int) -> list[CudaStore]:
 
 
 def chain(product: Callable) -> Chain:
-    """One product per weight, each after the one before; all results are kept."""
+    """One product per weight, each after the one before.
 
-    @jax.jit
-    def run(x, weights):
+    The results are written over those of the last run, which are donated: the recorded graph then
+    finds its buffers where they were and is launched as it is.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
+    def run(x, weights, results):
         results = []
         for weight in weights:
             y = product(x, weight)
@@ -85,11 +90,17 @@ def chain(product: Callable) -> Chain:
     return run
 
 
-def microseconds(run: Chain, x: jax.Array, weights: list, seconds: float) -> float:
-    """Median over replays of the time of one product."""
-    jax.block_until_ready(run(x, weights))
+def empty_results(product: Callable, x: jax.Array, weights: list) -> list[jax.Array]:
+    y = jax.eval_shape(product, x, weights[0])
+    return [jnp.zeros(y.shape, y.dtype) for _ in weights]
+
+
+def microseconds(product: Callable, x: jax.Array, weights: list, seconds: float) -> float:
+    """Median over replays of a chain of the time of one product."""
+    run = chain(product)
+    y = jax.block_until_ready(run(x, weights, empty_results(product, x, weights)))
     start = time.perf_counter()
-    jax.block_until_ready(run(x, weights))
+    y = jax.block_until_ready(run(x, weights, y))
     # Several chains per sample, started one after the other, hide what the host does.
     chains = max(2, min(50, int(0.02 / (time.perf_counter() - start))))
     samples = []
@@ -97,7 +108,7 @@ def microseconds(run: Chain, x: jax.Array, weights: list, seconds: float) -> flo
     while len(samples) < 5 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         for _ in range(chains):
-            y = run(x, weights)
+            y = run(x, weights, y)
         jax.block_until_ready(y)
         samples.append((time.perf_counter() - start) / chains)
     return statistics.median(samples) * 1e6 / len(weights)
@@ -115,10 +126,9 @@ def relative_error(y: jax.Array, x: jax.Array, dense: jax.Array) -> float:
 def ceilings() -> dict[str, float]:
     """Measured limits of the device: copy bandwidth, and the bf16 product of 8192^3."""
     data = jnp.zeros(1 << 30, jnp.int32)
-    copy = chain(lambda x, _: x + 1)
-    gigabytes = 2 * data.nbytes / microseconds(copy, data, [0], 0.2) / 1e3
+    gigabytes = 2 * data.nbytes / microseconds(lambda x, _: x + 1, data, [0], 0.2) / 1e3
     a, b = jax.random.normal(jax.random.key(0), (2, 8192, 8192), jnp.bfloat16)
-    tflops = 2 * 8192**3 / microseconds(chain(jnp.matmul), a, [b, b], 0.3) / 1e6
+    tflops = 2 * 8192**3 / microseconds(jnp.matmul, a, [b, b], 0.3) / 1e6
     return {"copy GB/s": round(gigabytes), "bf16 TFLOP/s": round(tflops)}
 
 
@@ -126,12 +136,20 @@ def graph_events(k: int = 4096, n: int = 4096) -> dict[str, int]:
     """Launches of kernels and CUDA graphs in a profile of three runs of a jitted decode chain."""
     store = jax_gptq.prepare(random_weight(k, n, jnp.bfloat16), layout="cuda")
     x = jax.random.normal(jax.random.key(0), (1, k), jnp.bfloat16)
-    run = chain(lambda x, w: jax_gptq.gptq_matmul(x, w, backend="cuda"))
-    weights = rotating(store, 16)
-    jax.block_until_ready([run(x, weights) for _ in range(3)])
+
+    def product(x, w):
+        return jax_gptq.gptq_matmul(x, w, backend="cuda")
+
+    run, weights = chain(product), rotating(store, 16)
+    y = empty_results(product, x, weights)
+    for _ in range(3):
+        y = run(x, weights, y)
+    jax.block_until_ready(y)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready([run(x, weights) for _ in range(3)])
+            for _ in range(3):
+                y = run(x, weights, y)
+            jax.block_until_ready(y)
         events = collections.Counter()
         for file in Path(folder).rglob("*.xplane.pb"):
             for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
@@ -203,7 +221,7 @@ def measure(k: int, n: int, rows: list[int], seconds: float) -> list[dict]:
                 error = relative_error(jax.jit(product)(x, checked), x, exact)
                 assert error < 5e-3, f"{name}, {k} x {n}, {m} rows: relative error {error}"
                 result["error"][name] = error
-            result["us"][name] = round(microseconds(chain(product), x, rotation, seconds), 2)
+            result["us"][name] = round(microseconds(product, x, rotation, seconds), 2)
         results.append(result)
         times = "  ".join(f"{name} {us:.1f}" for name, us in result["us"].items())
         print(

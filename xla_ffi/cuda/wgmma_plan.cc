@@ -19,7 +19,7 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   if (problem.m <= 64) {
     plan.block_m = problem.m <= 32 ? 32 : 64;
     const int wide = ceil_div(problem.n, 256);
-    if (problem.m <= 32 || wide * 3 > half || (long_k && wide * 4 <= half)) plan.block_n = 256;
+    if (problem.m <= 32 || wide * 2 > half || (long_k && wide * 4 <= half)) plan.block_n = 256;
   } else if (!long_k && tiles(128, 64) <= half) {
     plan.block_m = 64;
   } else if (problem.m <= 128 || tiles(128, 256) <= half) {
