@@ -11,8 +11,8 @@ constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kStripLog2 = 5;
 constexpr int kStripN = 1 << kStripLog2;  // output features of a warp: half a tile
 
-// Stages of a warp's ring: enough to keep 64 KB under way per multiprocessor, or 32 KB (of 4 bits)
-// where shared memory is short.
+// Stages of a warp's ring: 64 KB under way per multiprocessor, or (of 4 bits) 32 KB, which starts
+// faster and suffices for short streams.
 constexpr int kShallowStages = 2;
 constexpr int deep_stages(int bits) { return bits == 4 ? 4 : 2; }
 

@@ -19,6 +19,8 @@ constexpr double kSumsTime = 1000.0;
 constexpr double kClusterTime = 600.0;
 constexpr double kKernelTime = 2000.0;
 
+constexpr double kLongStream = 512 * 1024;  // bytes of a block from which deep rings pay
+
 constexpr int kMaxWorkspaceSplits = 16;
 
 // Groups of `size` blocks (1, 2, 4 or 8), one block per multiprocessor, that are resident at once.
@@ -29,6 +31,8 @@ int resident_groups(int processors, int size, bool clusters) {
   return std::max(1, processors / size);
 }
 
+double block_rate(int blocks) { return std::min(kBlockRate, kMemoryRate / blocks); }
+
 bool partial_sums_fit(const Problem& p, int splits) {
   return int64_t{splits} * p.m * tiles_n(p.n) * kTileN * 4 <= kWorkspaceBytes;
 }
@@ -36,7 +40,7 @@ bool partial_sums_fit(const Problem& p, int splits) {
 // No plan (kernel kNone) where x does not fit into shared memory.
 Plan plan_decode(const Problem& problem, const Device& device) {
   Problem p = problem;
-  p.m = p.m <= 8 ? 8 : kDecodeRows;
+  p.m = p.m == 1 ? 1 : p.m <= 8 ? 8 : kDecodeRows;
   const bool clusters = device.arch >= 90;
   const int steps = steps_k(p.k);
   Plan best;
@@ -46,21 +50,24 @@ Plan plan_decode(const Problem& problem, const Device& device) {
     for (int splits = 1; splits <= (clusters ? kMaxClusterSplits : kMaxWorkspaceSplits);
          splits *= 2) {
       if (splits > steps || (!clusters && splits > 1 && !partial_sums_fit(p, splits))) continue;
-      int stages = deep_stages(p.bits);
+      const int split_steps = ceil_div(steps, splits);
+      const int launched = std::min(columns, resident_groups(device.processors, splits, clusters));
+      // Bytes of the weight that a block reads per column; rounds over the columns, the last of
+      // which may leave multiprocessors idle and memory to the others.
+      const double bytes = ceil_div(split_steps, kDecodeWarps / strips) *
+                           static_cast<double>(kDecodeWarps * step_bytes(p.bits) / 2);
+      const int full = columns / launched, rest = columns % launched;
+      const int rounds = full + (rest > 0);
+      // Few stages start faster; many stream faster.
+      int stages = rounds * bytes < kLongStream ? kShallowStages : deep_stages(p.bits);
       if (DecodeShared(p, strips, splits, stages).size > device.shared_bytes) {
         stages = kShallowStages;
       }
       if (DecodeShared(p, strips, splits, stages).size > device.shared_bytes) continue;
 
-      const int split_steps = ceil_div(steps, splits);
-      const int launched = std::min(columns, resident_groups(device.processors, splits, clusters));
-      const int rounds = ceil_div(columns, launched);
-      const int parts = kDecodeWarps / strips;
-      const double x_time = p.m / 2 * split_steps * kStepK * 2 / kCacheRate;
-      const double weight_time = ceil_div(split_steps, parts) * kDecodeWarps *
-                                 static_cast<double>(step_bytes(p.bits) / 2) /
-                                 std::min(kBlockRate, kMemoryRate / (launched * splits));
-      double time = rounds * (weight_time + kSumsTime) + x_time;
+      double time = rounds * kSumsTime + full * bytes / block_rate(launched * splits);
+      if (rest > 0) time += bytes / block_rate(rest * splits);
+      time += p.m * split_steps * kStepK * 2 / kCacheRate;
       if (splits > 1) time += clusters ? kClusterTime : kKernelTime;
       if (best.kernel != Kernel::kNone && time >= best_time) continue;
       best_time = time;
