@@ -156,19 +156,6 @@ T shuffle(T value, int lane) {
   return mine.received;
 }
 
-template <class T>
-T shuffle(T value, int lane) {
-  struct Operands {
-    T value;
-    int lane;
-    T result;
-  } mine{value, lane, value};
-  machine->collective<Operands>("shuffle", mine, [](const auto& lanes) {
-    for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[lanes[i]->lane]->value;
-  });
-  return mine.result;
-}
-
 // ---- Tensor cores ----------------------------------------------------------------------------
 
 template <class T>
