@@ -90,9 +90,9 @@ def test_stop_tokens(model):
 
 
 def test_the_checkpoint_stops_by_itself():
-    model = make_model()
+    model = make_model(num_hidden_layers=1)
     stop = int(model.generate(prompts(1, 6), max_new_tokens=3)[0, 2])
-    stopping = make_model(eos_token_id=stop)
+    stopping = make_model(num_hidden_layers=1, eos_token_id=stop)
     np.testing.assert_array_equal(stopping.generate(prompts(1, 6), max_new_tokens=6)[0, 3:], 7)
     np.testing.assert_array_equal(
         stopping.generate(prompts(1, 6), max_new_tokens=6, stop_tokens=()),
@@ -101,7 +101,7 @@ def test_the_checkpoint_stops_by_itself():
 
 
 def test_compiled_once_per_bucket():
-    model = make_model()
+    model = make_model(num_hidden_layers=1)
     generation.prefill.clear_cache()
     generation.decode.clear_cache()
     key = jax.random.key(0)
@@ -231,6 +231,17 @@ def test_hlo_neither_copies_nor_embeds_weights(dtype):
         for dims in re.findall(r"= \w+\[([\d,]*)\]\S* constant\(", hlo)
     ]
     assert max(sizes) < 4096
+
+
+def test_command_line_runs_the_embedded_model(capfd):
+    """Without a path, offline: readable words."""
+    prompt = ["--prompt", "Return the number of"]
+    assert cli.main(["generate", *prompt, "--max-new-tokens", "12"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("Return the number of ")
+    words = re.findall("[a-z]+", out.removeprefix("Return the number of"))
+    assert len(words) >= 3
+    assert "tokens/second" in err
 
 
 @needs_checkpoints
