@@ -10,15 +10,15 @@ struct Avx2 : Avx2Base {
   // vpmaddubsw saturates at 2^15. Codes below 16 stay far from it (2 * 15 * 128); wider ones are
   // taken by nibbles.
   template <bool kWide>
-  static I Dot(I acc, I codes, I digits) {
+  static I Dot(I acc, I a, I b) {
     const I nibble = Set(0x0f0f0f0f);
     const I ones = _mm256_set1_epi16(1);
-    const I low = kWide ? And(codes, nibble) : codes;
-    acc = Add(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(low, digits), ones));
+    const I low = kWide ? And(a, nibble) : a;
+    acc = Add(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(low, b), ones));
     if constexpr (kWide) {
-      const I high = And(ShiftRight(codes, 4), nibble);
+      const I high = And(ShiftRight(a, 4), nibble);
       const I sixteens = _mm256_set1_epi16(16);
-      acc = Add(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(high, digits), sixteens));
+      acc = Add(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(high, b), sixteens));
     }
     return acc;
   }

@@ -35,9 +35,12 @@ struct Avx512Vnni {
   static I Sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I SubBytes(I a, I b) { return _mm512_sub_epi8(a, b); }
   static I Mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  // Not the intrinsic: GCC 12 would move and spill accumulators around it, and reorder the loads
+  // that tile.h has placed.
   template <bool kWide>
-  static I Dot(I acc, I codes, I digits) {
-    return _mm512_dpbusd_epi32(acc, codes, digits);
+  static I Dot(I acc, I a, I b) {
+    asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
   }
 
   static F Convert(I a) { return _mm512_cvtepi32_ps(a); }

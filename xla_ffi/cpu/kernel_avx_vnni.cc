@@ -8,11 +8,11 @@ namespace {
 
 struct AvxVnni : Avx2Base {
   template <bool kWide>
-  static I Dot(I acc, I codes, I digits) {
+  static I Dot(I acc, I a, I b) {
 #ifdef __AVXVNNI__
-    return _mm256_dpbusd_avx_epi32(acc, codes, digits);
+    return _mm256_dpbusd_avx_epi32(acc, a, b);
 #else  // The same instruction in its AVX-512 encoding: how the C++ tests run this file.
-    return _mm256_dpbusd_epi32(acc, codes, digits);
+    return _mm256_dpbusd_epi32(acc, a, b);
 #endif
   }
 };

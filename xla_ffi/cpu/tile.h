@@ -1,10 +1,10 @@
 // The matmul of one tile, written once for all instruction sets.
 //
 // Isa describes one: vectors I of kLanes int32 and F of as many float32; kVectors of them side by
-// side and kRows rows of x are in registers at once. Dot<wide>(acc, a, b) adds the four products of
-// each lane's unsigned bytes a with the lane's signed bytes b; `wide` says that the weight's bytes
-// may exceed 15. Isa lives in an unnamed namespace, so that every instantiation is private to its
-// file.
+// side and kRows (1, 2 or 4) rows of x are in registers at once. Dot<wide>(acc, a, b) adds the four
+// products of each lane's unsigned bytes a with the lane's signed bytes b; `wide` says that the
+// weight's bytes may exceed 15. Isa lives in an unnamed namespace, so that every instantiation is
+// private to its file.
 //
 // For each block of rows k, each row of x and each column, with z the zero point:
 //
@@ -67,8 +67,8 @@ struct Sums {
   alignas(64) float lost[kMaxRows][kTileColumns];
 };
 
-// The integers of one FixedBlock on their way into the sums. The next FixedBlock takes them there,
-// one vector after each of its first quads: dot products and conversions then share the core.
+// The integers of one FixedBlock on their way into the sums. The next FixedBlock takes them there
+// bit by bit, between its own dot products, so that both kinds of work share the core.
 template <class Isa, int kDigits, bool kOffset>
 struct Pending {
   static constexpr int kMaxVectors = Isa::kRows * Isa::kVectors;
@@ -81,6 +81,15 @@ struct Pending {
   float* lost;
   const int32_t* zero;
   const float* scale;
+
+  __attribute__((always_inline)) void Take(int r,
+                                           const typename Isa::I (&acc)[Isa::kVectors][kDigits]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Isa::kVectors; ++v) {
+#pragma GCC unroll 8
+      for (int d = 0; d < kDigits; ++d) Isa::StoreI(totals[r * Isa::kVectors + v][d], acc[v][d]);
+    }
+  }
 
   __attribute__((always_inline)) void Finish(const Problem& problem, int i) const {
     using I = typename Isa::I;
@@ -119,34 +128,68 @@ struct Pending {
   }
 };
 
-// One chunk's products for kRows rows of x, and `next` one line at a time into the cache.
+// One quad's products with one row of x.
+template <class Isa, bool kWide, int kDigits, bool kOffset>
+static inline __attribute__((always_inline)) void RowQuad(
+    const int8_t* digits, const typename Isa::I (&codes)[Isa::kVectors],
+    typename Isa::I (&acc)[Isa::kVectors][kDigits]) {
+#pragma GCC unroll 8
+  for (int d = 0; d < kDigits; ++d) {
+    const typename Isa::I x = Isa::Broadcast(digits + d * kChunkRows);
+#pragma GCC unroll 8
+    for (int v = 0; v < Isa::kVectors; ++v) {
+      acc[v][d] =
+          Isa::template Dot<kWide>(acc[v][d], kOffset ? x : codes[v], kOffset ? codes[v] : x);
+    }
+  }
+}
+
+// One chunk, quad by quad: each is unpacked once for all rows.
 template <class Isa, int kWords, bool kWide, int kDigits, bool kOffset, int kRows, bool kFinish>
-static inline __attribute__((always_inline)) void FixedChunk(
+static inline __attribute__((always_inline)) void ChunkByQuad(
     const Problem& problem, const uint32_t* words, const int8_t* digits, int64_t stride,
-    const char* next, int next_step, const Pending<Isa, kDigits, kOffset>& pending,
-    typename Isa::I (&acc)[kRows][Isa::kVectors][kDigits]) {
-  using I = typename Isa::I;
+    const char* next, int next_step, typename Isa::I (&acc)[kRows][Isa::kVectors][kDigits],
+    const Pending<Isa, kDigits, kOffset>& pending) {
 #pragma GCC unroll 8
   for (int j = 0; j < kQuads; ++j) {
     __builtin_prefetch(next + j * next_step);
-    I codes[Isa::kVectors];
+    typename Isa::I codes[Isa::kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Isa::kVectors; ++v) {
       codes[v] = LoadQuad<Isa, kWords>(words + v * Isa::kLanes, j);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int d = 0; d < kDigits; ++d) {
-        const I x = Isa::Broadcast(digits + r * stride + d * kChunkRows + j * 4);
-#pragma GCC unroll 8
-        for (int v = 0; v < Isa::kVectors; ++v) {
-          acc[r][v][d] = Isa::template Dot<kWide>(acc[r][v][d], kOffset ? x : codes[v],
-                                                  kOffset ? codes[v] : x);
-        }
-      }
+      RowQuad<Isa, kWide, kDigits, kOffset>(digits + r * stride + j * 4, codes, acc[r]);
     }
     if (kFinish && j < pending.kMaxVectors && j < pending.vectors) pending.Finish(problem, j);
+  }
+}
+
+// The last chunk of a block, as bytes, row by row. A row's totals are stored while the next row's
+// are computed: the stores of all rows in one go would hold the dot products up.
+template <class Isa, bool kWide, int kDigits, bool kOffset, int kRows>
+static inline __attribute__((always_inline)) void LastChunk(
+    const uint32_t* bytes, const int8_t* digits, int64_t stride, const char* next, int next_step,
+    typename Isa::I (&acc)[kRows][Isa::kVectors][kDigits],
+    Pending<Isa, kDigits, kOffset>* pending) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    // Each row reads the quads anew: pointers the compiler cannot see through keep it from holding
+    // them all in registers, which the accumulators need.
+    const int8_t* row_digits = digits + r * stride;
+    asm("" : "+r"(bytes), "+r"(row_digits));
+#pragma GCC unroll 8
+    for (int j = 0; j < kQuads; ++j) {
+      if (j % kRows == r) __builtin_prefetch(next + j * next_step);
+      typename Isa::I codes[Isa::kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Isa::kVectors; ++v) {
+        codes[v] = LoadQuad<Isa, 8>(bytes + v * Isa::kLanes, j);
+      }
+      RowQuad<Isa, kWide, kDigits, kOffset>(row_digits + j * 4, codes, acc[r]);
+    }
+    pending->Take(r, acc[r]);
   }
 }
 
@@ -183,24 +226,39 @@ static __attribute__((noinline)) void FixedBlock(const Problem& problem, const P
       for (int d = 0; d < kDigits; ++d) acc[r][v][d] = start;
     }
   }
-  FixedChunk<Isa, kWords, kWide, kDigits, kOffset, kRows, true>(problem, words, digits, stride,
-                                                                next, at.next_step, *pending, acc);
-  for (int chunk = 1; chunk < block.chunks; ++chunk) {
-    words += kWords * kTileColumns;
-    digits += kDigits * kChunkRows;
-    next += kQuads * at.next_step;
-    FixedChunk<Isa, kWords, kWide, kDigits, kOffset, kRows, false>(
-        problem, words, digits, stride, next, at.next_step, *pending, acc);
-  }
+  if constexpr (kDigits == 1) {  // Its blocks are single chunks, with few totals to store.
+    ChunkByQuad<Isa, kWords, kWide, kDigits, kOffset, kRows, true>(
+        problem, words, digits, stride, next, at.next_step, acc, *pending);
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Isa::kVectors; ++v) {
-#pragma GCC unroll 8
-      for (int d = 0; d < kDigits; ++d) {
-        Isa::StoreI(pending->totals[r * Isa::kVectors + v][d], acc[r][v][d]);
+    for (int r = 0; r < kRows; ++r) pending->Take(r, acc[r]);
+  } else {
+    if (block.chunks == 1) pending->FinishAll(problem);
+    for (int chunk = 0; chunk + 1 < block.chunks; ++chunk) {
+      if (chunk == 0) {
+        ChunkByQuad<Isa, kWords, kWide, kDigits, kOffset, kRows, true>(
+            problem, words, digits, stride, next, at.next_step, acc, *pending);
+      } else {
+        ChunkByQuad<Isa, kWords, kWide, kDigits, kOffset, kRows, false>(
+            problem, words, digits, stride, next, at.next_step, acc, *pending);
       }
+      words += kWords * kTileColumns;
+      digits += kDigits * kChunkRows;
+      next += kQuads * at.next_step;
     }
+    alignas(64) uint32_t bytes[kWords == 8 ? 1 : kQuads * kTileColumns];
+    if constexpr (kWords != 8) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kQuads; ++j) {
+#pragma GCC unroll 8
+        for (int v = 0; v < Isa::kVectors; ++v) {
+          Isa::StoreI(bytes + j * kTileColumns + v * Isa::kLanes,
+                      LoadQuad<Isa, kWords>(words + v * Isa::kLanes, j));
+        }
+      }
+      words = bytes;
+    }
+    LastChunk<Isa, kWide, kDigits, kOffset, kRows>(words, digits, stride, next, at.next_step, acc,
+                                                   pending);
   }
   pending->vectors = kRows * Isa::kVectors;
   pending->at = at.block * problem.rows + row;
@@ -220,20 +278,14 @@ static void FixedRows(const Problem& problem, const Position& at, const BlockCol
       FixedBlock<Isa, kWords, kWide, kDigits, kOffset, Isa::kRows>(problem, at, row, columns,
                                                                    column, sums, pending);
     }
-    const int64_t left = at.row_end - row;
-    if constexpr (Isa::kRows > 3) {
-      if (left == 3) {
-        FixedBlock<Isa, kWords, kWide, kDigits, kOffset, 3>(problem, at, row, columns, column, sums,
-                                                            pending);
-      }
-    }
-    if constexpr (Isa::kRows > 2) {
-      if (left == 2) {
+    if constexpr (Isa::kRows == 4) {
+      if (row + 2 <= at.row_end) {
         FixedBlock<Isa, kWords, kWide, kDigits, kOffset, 2>(problem, at, row, columns, column, sums,
                                                             pending);
+        row += 2;
       }
     }
-    if (left == 1) {
+    if (row < at.row_end) {
       FixedBlock<Isa, kWords, kWide, kDigits, kOffset, 1>(problem, at, row, columns, column, sums,
                                                           pending);
     }
