@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 
 # Compiled module -> the platform its handlers are registered for.
 _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA", "cuda_emulated": "cpu"}
+# The one target that belongs to no store: an output head's logits (models/table.py).
+TABLE_LOGITS = "jax_gptq.cpu.table_logits.v1"
 
 
 def has(module: str) -> bool:

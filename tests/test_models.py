@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -229,6 +230,19 @@ def test_bfloat16_table():
         dy = 2 * (x @ np.asarray(wide).T)
         assert rel_error(found[0], dy @ np.asarray(wide)) < 1e-5
         assert rel_error(found[1], dy.T @ x) < 1e-5
+
+
+def test_bfloat16_table_is_exported_for_two_platforms():
+    x, table = jnp.ones((2, 8)), jnp.ones((5, 8), jnp.bfloat16)
+    exported = jax.export.export(
+        jax.jit(table_logits),
+        platforms=["cpu", "cuda"],
+        disabled_checks=jax_gptq.EXPORT_DISABLED_CHECKS,
+    )(x, table)
+    found = jax.export.deserialize(exported.serialize()).call(x, table)
+    np.testing.assert_array_equal(found, np.full((2, 5), 8.0))
+    rows = jax.vmap(table_logits, (0, None))(x, table)
+    np.testing.assert_array_equal(rows, np.full((2, 5), 8.0))
 
 
 def test_layer_by_layer_equals_the_whole():

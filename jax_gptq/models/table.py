@@ -8,8 +8,6 @@ from jax import Array
 
 from jax_gptq import ffi
 
-TARGET = "jax_gptq.cpu.table_logits.v1"
-
 
 @jax.custom_vjp
 def table_logits(x: Array, table: Array) -> Array:
@@ -28,7 +26,7 @@ def table_logits(x: Array, table: Array) -> Array:
 
 def _native(rows: Array, table: Array) -> Array:
     result = ffi.result_type((rows.shape[0], table.shape[0]), jnp.float32, like=rows)
-    call = jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")
+    call = jax.ffi.ffi_call(ffi.TABLE_LOGITS, result, vmap_method="sequential")
     return call(rows.astype(jnp.float32), table)
 
 

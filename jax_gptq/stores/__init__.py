@@ -22,8 +22,8 @@ LAYOUTS = ("reference", "dense", *PACKED_LAYOUTS)
 # What `jax.export.export(..., disabled_checks=)` must be told: jax_gptq's FFI targets are stable.
 EXPORT_DISABLED_CHECKS = tuple(
     jax.export.DisabledSafetyCheck.custom_call(target)
-    for store in PACKED_LAYOUTS.values()
-    for target in store.targets
+    for targets in (*(store.targets for store in PACKED_LAYOUTS.values()), (ffi.TABLE_LOGITS,))
+    for target in targets
 )
 
 
