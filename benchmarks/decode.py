@@ -16,6 +16,7 @@ part of it. Writes benchmarks/results/decode.json.
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -211,6 +212,7 @@ def main() -> None:
                 "threads": THREADS,
                 "kernel": ffi.load("cpu").kernel(),
                 "jax": jax.__version__,
+                "load_average": os.getloadavg()[0],  # above `threads`: others ran beside it
             },
             "layers": args.layers,
             "decode": measure_decode(folders[args.layers], args.rounds, args.tokens),
