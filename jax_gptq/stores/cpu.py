@@ -182,7 +182,8 @@ class CpuStore:
         (relative error about 5e-3).
 
         The result does not depend on the number of rows or threads: row i of a batch has the same
-        bits as row i alone, at every M.
+        bits as row i alone, at every M (from 8 rows on codes are widened once for all rows, to the
+        same integers).
         """
         del backend  # There is one.
         empty = jnp.zeros(0, jnp.int32)
