@@ -90,18 +90,24 @@ def write_table(rows: list[tuple[str, int, float]], tokens: int, args) -> None:
 
 
 def plot(rows: list[tuple[str, int, float]], path: Path, group_size: int) -> None:
+    """Increase over the float model, in percent; linear below 0.01, where 8 bits are."""
+    float_loss = rows[0][2]
+    widths = sorted({bits for _, bits, _ in rows[1:]}, reverse=True)
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for method in ["round-to-nearest", *GPTQ]:
-        points = [(bits, math.exp(loss)) for name, bits, loss in rows if name == method]
-        axes.plot(*zip(*points), marker="o", label=method)
-    axes.axhline(math.exp(rows[0][2]), color="black", linewidth=1, linestyle="--", label="float")
+        found = {bits: loss for name, bits, loss in rows if name == method}
+        increase = [100 * math.expm1(found[bits] - float_loss) for bits in widths]
+        axes.plot(range(len(widths)), increase, marker="o", label=method)
+    axes.axhline(0, color="black", linewidth=1, linestyle="--", label="float")
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_ylim(bottom=-0.01, top=100)
+    axes.yaxis.set_major_formatter("{x:g}%")
     axes.set(
         xlabel=f"bits (groups of {group_size})",
-        ylabel="perplexity per token, held-back text",
-        xticks=sorted({bits for _, bits, _ in rows[1:]}),
-        yscale="log",
+        ylabel="increase of perplexity, held-back text",
+        xticks=range(len(widths)),
+        xticklabels=widths,
     )
-    axes.invert_xaxis()
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
