@@ -36,11 +36,11 @@ def descend(
     """
     codes, scales, zeros = solution
     count = W.shape[0]
-    span = _span(spec)
-    unit = min(span, spec.group_size)
-    size = padded(padded(count, span), spec.group_size if spec.group_size > span else 1)
-    pad = size - count
     groups = scales.shape[0]
+    span = _span(spec, groups)
+    unit = min(span, spec.group_size)
+    size = padded(padded(count, spec.group_size), span)
+    pad = size - count
     all_groups = -(-size // spec.group_size)
     # H knows nothing of padding rows, so that their errors, whatever they are, count for nothing.
     H = jnp.pad(H, ((0, pad), (0, pad)))
@@ -54,18 +54,22 @@ def descend(
         step = functools.partial(_span_step, H, spec, span, unit)
         state = fori_loop(0, size // span, step, state)
         if spec.group_size > span:  # a group of several spans: its grid is refitted as a whole
-            state = fori_loop(0, all_groups, functools.partial(_group_step, H, spec), state)
+            state = fori_loop(0, groups, functools.partial(_group_step, H, spec), state)
         return state
 
     errors, codes, scales, zeros = fori_loop(0, sweeps, sweep, (errors, codes, scales, zeros))
     return Solution(codes[:count], scales[:groups], zeros[:groups]), _loss(H, errors)
 
 
-def _span(spec: Spec) -> int:
-    """Rows of one outer step: whole groups, or a block of a large group."""
-    if spec.group_size <= 2 * spec.block_size:
-        return spec.group_size * max(1, spec.block_size // spec.group_size)
-    return spec.block_size
+def _span(spec: Spec, groups: int) -> int:
+    """Rows of one outer step: whole groups, or a part of a large one."""
+    block, size = spec.block_size, spec.group_size
+    if size <= 2 * block:
+        return size * max(1, block // size)
+    if groups == 1:
+        return block
+    divisor = max(d for d in range(1, block + 1) if size % d == 0)
+    return divisor if divisor >= 16 else size
 
 
 def _span_step(H, spec, span, unit, i, state):
