@@ -380,7 +380,11 @@ print(np.asarray(sum(ys)).tobytes().hex()[:4096])
 def run_child(pinned):
     code = CHILD % {"pinned": pinned, "tests": os.path.dirname(__file__)}
     child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert child.returncode == 0, child.stderr
     return child.stdout

@@ -212,7 +212,7 @@ def test_killed_run_leaves_no_checkpoint_and_resumes_bit_identically(model, tmp_
 
     def command(out) -> list[str]:
         return [
-            sys.executable, "-m", "jax_gptq.cli", "quantize", str(source), str(out),
+            sys.executable, "-P", "-m", "jax_gptq.cli", "quantize", str(source), str(out),
             "--data", str(data), "--context=32", "--group-size=16", "--no-refine",
         ]  # fmt: skip
 
