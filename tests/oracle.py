@@ -1,5 +1,8 @@
 """Float64 NumPy oracle and random weights for the tests: none of the package's maths."""
 
+import dataclasses
+
+import jax
 import numpy as np
 
 import jax_gptq
@@ -86,3 +89,15 @@ def rel_error(found, expected) -> float:
     assert found.shape == expected.shape, (found.shape, expected.shape)
     norm = np.linalg.norm(expected)
     return float(np.linalg.norm(found - expected) / (norm if norm else 1.0))
+
+
+def assert_same_weight(found, expected):
+    """Two `GptqWeight`s are equal in every field: dtypes, bits and static values."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for field in dataclasses.fields(jax_gptq.GptqWeight):
+        a, b = getattr(found, field.name), getattr(expected, field.name)
+        if isinstance(b, jax.Array):
+            assert a.dtype == b.dtype, field.name
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=field.name)
+        else:
+            assert a == b, field.name

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import assert_same_weight
 
 from jax_gptq.errors import LayoutError
 from jax_gptq.packing import pack_codes
@@ -28,17 +29,6 @@ def random_weight(seed, k, n, bits, group_size, g_idx=None, groups=None, dtype=n
         k,
         n,
     )
-
-
-def assert_same_weight(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for field in dataclasses.fields(GptqWeight):
-        a, b = getattr(found, field.name), getattr(expected, field.name)
-        if isinstance(b, jax.Array):
-            assert a.dtype == b.dtype, field.name
-            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=field.name)
-        else:
-            assert a == b, field.name
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])

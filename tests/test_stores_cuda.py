@@ -1,28 +1,14 @@
 """The `cuda` layout: an exact bijection where it can hold the weight, refused by name elsewhere."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import RawWeight, random_weight
+from oracle import RawWeight, assert_same_weight, random_weight
 
 from jax_gptq import prepare
 from jax_gptq.errors import LayoutError
 from jax_gptq.stores.cuda import CudaStore
-from jax_gptq.weight import GptqWeight
-
-
-def assert_same_weight(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for field in dataclasses.fields(GptqWeight):
-        a, b = getattr(found, field.name), getattr(expected, field.name)
-        if isinstance(b, jax.Array):
-            assert a.dtype == b.dtype, field.name
-            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=field.name)
-        else:
-            assert a == b, field.name
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
