@@ -57,16 +57,17 @@ constexpr int dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Division by a number that the host knows, as one multiplication: exact while a * value < 2^32.
+// Division by a number that the host knows, as one multiplication and addition: exact while
+// (a + 1) * value < 2^32.
 struct Divisor {
-  uint32_t value = 1, magic = 0;
+  uint32_t value = 1, magic = 0xffffffffu;  // ceil(2^32 / value) - 1
 
   Divisor() = default;
   explicit constexpr Divisor(int v)
-      : value(v), magic(v == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / v + 1)) {}
+      : value(v), magic(static_cast<uint32_t>(((uint64_t{1} << 32) - 1) / v)) {}
 
   constexpr int divide(int a) const {
-    return value == 1 ? a : static_cast<int>((static_cast<uint64_t>(a) * magic) >> 32);
+    return static_cast<int>((uint64_t{static_cast<uint32_t>(a)} * magic + magic) >> 32);
   }
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "decode.h"
+#include "gemv.h"
 #include "mma.h"
 #include "wgmma.h"
 
@@ -37,7 +38,21 @@ bool partial_sums_fit(const Problem& p, int splits) {
   return int64_t{splits} * p.m * tiles_n(p.n) * kTileN * 4 <= kWorkspaceBytes;
 }
 
-// No plan (kernel kNone) where x does not fit into shared memory.
+// No plan (kernel kNone) where rows of x are not aligned to pairs, or their digits do not fit into
+// shared memory.
+Plan plan_gemv(const Problem& p, const Device& device) {
+  if (p.k % 2 != 0) return {};
+  const int strips = ceil_div(p.n, kFragmentN);
+  Plan plan;
+  plan.grid = std::min(strips, device.processors);
+  plan.shared_bytes = GemvShared(p, ceil_div(strips, plan.grid)).size;
+  if (plan.shared_bytes > device.shared_bytes) return {};
+  plan.device = device;
+  plan.kernel = Kernel::kGemv;
+  return plan;
+}
+
+// No plan where x does not fit into shared memory.
 Plan plan_decode(const Problem& problem, const Device& device) {
   Problem p = problem;
   p.m = p.m == 1 ? 1 : p.m <= 8 ? 8 : kDecodeRows;
@@ -110,6 +125,10 @@ Plan plan_mma(const Problem& p, const Device& device) {
 
 Plan make_plan(const Problem& p, const Device& device) {
   if (p.m == 0 || !supported(device)) return {};
+  if (p.m <= kGemvRows) {
+    const Plan plan = plan_gemv(p, device);
+    if (plan.kernel != Kernel::kNone) return plan;
+  }
   if (p.m <= kDecodeRows) {
     const Plan plan = plan_decode(p, device);
     if (plan.kernel != Kernel::kNone) return plan;

@@ -8,7 +8,8 @@
 
 namespace jax_gptq::cuda {
 
-// The most rows of x that the decode kernel takes.
+// The most rows of x that the gemv and the decode kernel take.
+constexpr int kGemvRows = 2;
 constexpr int kDecodeRows = 16;
 
 // The most parts of K that a cluster adds up: the portable size of a cluster.
@@ -50,6 +51,7 @@ struct Device {
 
 enum class Kernel : int {
   kNone,    // no rows: nothing to launch
+  kGemv,    // m <= 2, products of integers, scales in f32
   kDecode,  // m <= 16, scales on f32 accumulators
   kMma,     // larger m, mma.sync, weights rounded once
   kWgmma,   // larger m, sm_90a, weights rounded once
@@ -81,9 +83,9 @@ struct Plan {
 constexpr bool supported(const Device& device) { return device.arch >= 80; }
 
 // The plan for `problem` (its pointers are not looked at). kNone where m > 0 means that no kernel
-// can take the problem on this device. K is cut in the same way for all m from 2 to 8, from 9 to 16
-// and, by kMma, for all m with the same number of blocks along m; there a row of y does not depend
-// on the rows beside it.
+// can take the problem on this device. One and two rows of the gemv kernel, 3 to 8 and 9 to 16 of
+// the decode kernel and, by kMma, all m with the same number of blocks along m cut K in the same
+// way; there a row of y does not depend on the rows beside it.
 Plan make_plan(const Problem& problem, const Device& device);
 
 }  // namespace jax_gptq::cuda

@@ -5,7 +5,9 @@
 //   harness small                 a few small cases, once each: for compute-sanitizer
 //   harness streams               two streams at once give the bits that each gives alone
 //   harness ceilings              copy bandwidth, read bandwidth, an empty graph node
-//   harness tune M N K [f16]      every plan of the sm_90a kernel, fastest first; with f16 scales
+//   harness tune M N K [f16]      every plan, the fastest first, and the chosen; with f16 scales
+//
+// build.sh builds it for sm_90a.
 //
 // Times are CUDA graph replays over at least 256 MB of rotating weights, so that every launch
 // reads its weight from device memory.
@@ -23,6 +25,8 @@
 #include <string>
 #include <vector>
 
+#include "../decode.h"
+#include "../kernels.h"
 #include "../wgmma_launch.h"
 
 namespace {
@@ -335,23 +339,98 @@ double time_graph(int launches, const std::function<cudaError_t(int, cudaStream_
   return times[times.size() / 2];
 }
 
-// ---- Commands --------------------------------------------------------------------------------
+// ---- Every plan of a problem -----------------------------------------------------------------
 
-cudaError_t launch_plan(const Problem& problem, WgmmaPlan plan, cudaStream_t stream) {
-  plan.clusters = wgmma_clusters(problem, plan, multiprocessors());
-  return launch_wgmma(problem, plan, stream);
+struct Variant {
+  std::string name;
+  std::function<cudaError_t(const Problem&, cudaStream_t)> launch;
+};
+
+std::string format(const char* pattern, int a, int b, int c, int d = 0) {
+  char text[80];
+  std::snprintf(text, sizeof text, pattern, a, b, c, d);
+  return text;
 }
 
-std::vector<WgmmaPlan> plans(int m) {
-  std::vector<WgmmaPlan> result;
+void* workspace() {
+  static void* memory = [] {
+    void* p;
+    CHECK(cudaMalloc(&p, kWorkspaceBytes));
+    return p;
+  }();
+  return memory;
+}
+
+Device device() { return {90, multiprocessors(), kSharedBytes}; }
+
+// What the op takes.
+Variant chosen(const Problem& problem) {
+  const Plan plan = make_plan(problem, device());
+  const auto launch = [=](const Problem& p, cudaStream_t stream) {
+    return launch_matmul(p, plan, workspace(), stream);
+  };
+  switch (plan.kernel) {
+    case Kernel::kGemv:
+      return {format("chosen: gemv grid %d", plan.grid, 0, 0), launch};
+    case Kernel::kDecode:
+      return {format("chosen: decode strips %d splits %d stages %d grid %d", plan.strips,
+                     plan.splits, plan.stages, plan.grid),
+              launch};
+    case Kernel::kWgmma: {
+      const WgmmaPlan w = wgmma_plan(problem, device());
+      return {
+          format("chosen: n%d m%d cols %d splits %d", w.block_n, w.block_m, w.columns, w.splits),
+          launch};
+    }
+    default:
+      return {"chosen: mma", launch};
+  }
+}
+
+std::vector<Variant> variants(const Problem& problem) {
+  std::vector<Variant> result = {chosen(problem)};
+  if (problem.m <= kDecodeRows) {
+    for (int strips : {1, 2, 4, 8}) {
+      for (int splits : {1, 2, 4, 8}) {
+        for (int stages : {kShallowStages, deep_stages(problem.bits)}) {
+          if (splits > steps_k(problem.k)) continue;
+          Plan plan;
+          plan.device = device();
+          plan.kernel = Kernel::kDecode;
+          plan.reduction = splits == 1 ? Reduction::kNone : Reduction::kCluster;
+          plan.splits = splits;
+          plan.strips = strips;
+          plan.stages = stages;
+          const int groups = multiprocessors() * (splits > 2 ? 10 : 11) / 11 / splits;
+          plan.grid = std::min(decode_columns(problem, strips), groups) * splits;
+          plan.shared_bytes = DecodeShared(problem, strips, splits, stages).size;
+          if (plan.shared_bytes > kSharedBytes) continue;
+          result.push_back({format("decode strips %d splits %d stages %d grid %d", strips, splits,
+                                   stages, plan.grid),
+                            [=](const Problem& p, cudaStream_t stream) {
+                              return launch_matmul(p, plan, workspace(), stream);
+                            }});
+        }
+      }
+    }
+    return result;
+  }
   for (int block_m : {32, 64, 128, 256}) {
-    if (m <= block_m / 2 && block_m > 32) continue;
-    if (m > 4 * block_m && block_m < 128) continue;
+    if (problem.m <= block_m / 2 && block_m > 32) continue;
+    if (problem.m > 4 * block_m && block_m < 128) continue;
     for (int block_n : {128, 256}) {
       if (block_m == (block_n == 128 ? 32 : 256)) continue;
       for (int columns : {1, 2}) {
-        for (int splits = 1; splits <= 8; ++splits) {
-          if (columns * splits <= 8) result.push_back({block_n, block_m, columns, splits});
+        for (int splits = 1; splits * columns <= 8; ++splits) {
+          const int blocks = ceil_div(problem.m, block_m) * ceil_div(problem.n, block_n) * splits;
+          if (splits > 1 && blocks > 2 * multiprocessors()) continue;
+          const WgmmaPlan plan{block_n, block_m, columns, splits};
+          result.push_back({format("n%d m%d cols %d splits %d", block_n, block_m, columns, splits),
+                            [=](const Problem& p, cudaStream_t stream) {
+                              WgmmaPlan sized = plan;
+                              sized.clusters = wgmma_clusters(p, plan, multiprocessors());
+                              return launch_wgmma(p, sized, stream);
+                            }});
         }
       }
     }
@@ -359,30 +438,25 @@ std::vector<WgmmaPlan> plans(int m) {
   return result;
 }
 
-std::string name(const WgmmaPlan& p) {
-  char text[64];
-  std::snprintf(text, sizeof text, "n%d m%d cols %d splits %d", p.block_n, p.block_m, p.columns,
-                p.splits);
-  return text;
-}
+// ---- Commands --------------------------------------------------------------------------------
 
 double limit(Dtype dtype) { return dtype == Dtype::kBf16 ? 5e-3 : 6e-4; }
 
-bool check_case(const Case& c, const WgmmaPlan& plan, Buffers& buffers, int runs) {
+bool check_case(const Case& c, const Variant& variant, Buffers& buffers, int runs) {
   const Problem problem = buffers.problem();
   buffers.poison();
-  cudaError_t error = launch_plan(problem, plan, nullptr);
+  cudaError_t error = variant.launch(problem, nullptr);
   if (error == cudaSuccess) error = cudaDeviceSynchronize();
   const char* verdict = "ok";
   double relative = NAN;
   if (error == cudaErrorInvalidConfiguration) {
     cudaGetLastError();
-    std::printf("skip  m %d n %d k %d %s: %s\n", c.m, c.n, c.k, name(plan).c_str(),
+    std::printf("skip  m %d n %d k %d %s: %s\n", c.m, c.n, c.k, variant.name.c_str(),
                 cudaGetErrorString(error));
     return true;
   }
   if (error != cudaSuccess) {
-    std::printf("FAIL %s: %s\n", name(plan).c_str(), cudaGetErrorString(error));
+    std::printf("FAIL %s: %s\n", variant.name.c_str(), cudaGetErrorString(error));
     std::exit(1);
   }
   relative = buffers.error();
@@ -391,7 +465,7 @@ bool check_case(const Case& c, const WgmmaPlan& plan, Buffers& buffers, int runs
   const std::vector<uint16_t> first = buffers.output();
   for (int run = 1; run < runs; ++run) {
     buffers.poison();
-    CHECK(launch_plan(problem, plan, nullptr));
+    CHECK(variant.launch(problem, nullptr));
     if (buffers.output() != first) {
       verdict = "FAIL changes between runs";
       break;
@@ -401,7 +475,7 @@ bool check_case(const Case& c, const WgmmaPlan& plan, Buffers& buffers, int runs
   if (!ok) {
     std::printf("%s: m %d n %d k %d bits %d group %d dtype %d scale %d bias %d %s error %.2e\n",
                 verdict, c.m, c.n, c.k, c.bits, c.group_size, int(c.dtype), int(c.scale_dtype),
-                c.bias, name(plan).c_str(), relative);
+                c.bias, variant.name.c_str(), relative);
   }
   return ok;
 }
@@ -410,9 +484,9 @@ int check(int runs) {
   int cases = 0, failed = 0;
   auto run_case = [&](const Case& c, int repeats) {
     Buffers buffers(c);
-    for (const WgmmaPlan& plan : plans(c.m)) {
+    for (const Variant& variant : variants(buffers.problem())) {
       ++cases;
-      failed += !check_case(c, plan, buffers, repeats);
+      failed += !check_case(c, variant, buffers, repeats);
     }
   };
   // First, the plainest case; if it fails, the rest tells nothing more.
@@ -426,11 +500,15 @@ int check(int runs) {
         Case c{17 + 29 * (turn % 6), 0, 0, bits, group, dtype, types[turn % 3], turn % 2 == 0};
         c.n = 64 * (1 + turn % 9) + (turn % 3) * 21 - 1;
         c.k = 64 * (3 + turn % 7) + (turn % 4) * 8;
-        ++turn;
         run_case(c, 2);
+        c.m = 1 + turn % 16;
+        run_case(c, 2);
+        ++turn;
       }
     }
   }
+  for (int m : {1, 2, 3, 8, 9, 16}) run_case({m, 1000, 1048}, 2);
+  for (int m : {1, 2, 16}) run_case({m, 4096, 4096}, runs);
   for (int m : {17, 33, 64, 100, 128, 129, 257, 300}) run_case({m, 1000, 1048}, 2);
   run_case({64, 4096, 4096}, runs);
   run_case({256, 4096, 4096}, runs);
@@ -442,25 +520,26 @@ int check(int runs) {
 int small() {
   int failed = 0;
   for (const Case& c : {Case{17, 200, 136}, Case{64, 320, 640, 4, 64}, Case{100, 257, 264, 4, 32},
-                        Case{33, 192, 256, 8, 128}, Case{300, 384, 512}}) {
+                        Case{33, 192, 256, 8, 128}, Case{300, 384, 512}, Case{1, 200, 136},
+                        Case{2, 320, 640, 4, 64}, Case{1, 257, 264, 8, 32}, Case{7, 257, 264},
+                        Case{16, 192, 1024, 8, 64}}) {
     Buffers buffers(c);
-    for (const WgmmaPlan& plan : plans(c.m)) {
-      if (plan.splits <= 3) failed += !check_case(c, plan, buffers, 1);
+    for (const Variant& variant : variants(buffers.problem())) {
+      failed += !check_case(c, variant, buffers, 1);
     }
   }
   std::printf("small: %d failed\n", failed);
   return failed != 0;
 }
 
-// Two products again and again on two streams, with the plans of the table.
-int streams() {
+// Two products again and again on two streams, with the plans that the op takes.
+int streams(int first_m, int second_m) {
   int failed = 0;
-  Buffers first({64, 4096, 4096}), second({200, 1024, 4096});
+  Buffers first({first_m, 4096, 4096}), second({second_m, 1024, 4096});
   std::vector<std::vector<uint16_t>> alone;
-  const Device device{90, multiprocessors(), kSharedBytes};
   const auto launch = [&](const Buffers& buffers, cudaStream_t stream) {
     const Problem problem = buffers.problem();
-    CHECK(launch_wgmma(problem, wgmma_plan(problem, device), stream));
+    CHECK(chosen(problem).launch(problem, stream));
   };
   cudaStream_t one, two;
   CHECK(cudaStreamCreate(&one));
@@ -479,7 +558,7 @@ int streams() {
     CHECK(cudaDeviceSynchronize());
     failed += first.output() != alone[0] || second.output() != alone[1];
   }
-  std::printf("streams: %d of 50 rounds differ\n", failed);
+  std::printf("streams, %d and %d rows: %d of 50 rounds differ\n", first_m, second_m, failed);
   return failed != 0;
 }
 
@@ -488,31 +567,30 @@ void tune(int m, int n, int k, Dtype scale_dtype) {
   c.scale_dtype = scale_dtype;
   c.copies = m > 1024 ? 3 : rotating_copies(c);
   Buffers buffers(c);
-  std::vector<std::pair<double, WgmmaPlan>> results;
-  for (const WgmmaPlan& plan : plans(m)) {
-    const int blocks = ceil_div(m, plan.block_m) * ceil_div(n, plan.block_n) * plan.splits;
-    if (plan.splits > 1 && blocks > 2 * multiprocessors()) continue;
+  std::vector<std::pair<double, std::string>> results;
+  for (const Variant& variant : variants(buffers.problem())) {
     buffers.poison();
-    if (launch_plan(buffers.problem(), plan, nullptr) != cudaSuccess) {
+    if (variant.launch(buffers.problem(), nullptr) != cudaSuccess) {
       cudaGetLastError();
       continue;
     }
     CHECK(cudaDeviceSynchronize());
     const double error = buffers.error();
-    if (!(error < limit(c.dtype))) std::printf("FAIL %s error %.2e\n", name(plan).c_str(), error);
+    if (!(error < limit(c.dtype))) std::printf("FAIL %s error %.2e\n", variant.name.c_str(), error);
     const double us = time_graph(
         c.copies,
-        [&](int i, cudaStream_t stream) { return launch_plan(buffers.problem(i), plan, stream); },
+        [&](int i, cudaStream_t stream) { return variant.launch(buffers.problem(i), stream); },
         0.01);
-    if (us > 0) results.push_back({us, plan});
+    if (us > 0) results.push_back({us, variant.name});
   }
   std::sort(results.begin(), results.end(),
             [](const auto& a, const auto& b) { return a.first < b.first; });
   std::printf("m %d n %d k %d scale %d\n", m, n, k, int(scale_dtype));
-  for (size_t i = 0; i < results.size() && i < 6; ++i) {
+  for (size_t i = 0; i < results.size(); ++i) {
+    if (i >= 5 && results[i].second.compare(0, 6, "chosen") != 0) continue;
     std::printf("  %8.2f us %6.0f GB/s %6.1f TFLOP/s  %s\n", results[i].first,
                 buffers.bytes() / results[i].first * 1e-3, 2e-6 * m * n * k / results[i].first,
-                name(results[i].second).c_str());
+                results[i].second.c_str());
   }
 }
 
@@ -570,7 +648,7 @@ int main(int argc, char** argv) {
   const std::string command = argc > 1 ? argv[1] : "";
   if (command == "check") return check(argc > 2 ? std::atoi(argv[2]) : 100);
   if (command == "small") return small();
-  if (command == "streams") return streams();
+  if (command == "streams") return streams(64, 200) + streams(1, 16);
   if (command == "ceilings") {
     ceilings();
     return 0;
