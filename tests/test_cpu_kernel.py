@@ -19,7 +19,10 @@ from jax_gptq.packing import pack_codes, unpack_codes
 from jax_gptq.stores.cpu import CpuStore
 from jax_gptq.weight import GptqWeight
 
-pytestmark = pytest.mark.skipif(not ffi.has("cpu"), reason="the module _cpu was not built")
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(not ffi.has("cpu"), reason="the module _cpu was not built"),
+]
 
 KERNELS = ffi.load("cpu").kernels() if ffi.has("cpu") else []
 # Relative Frobenius error against float64. f32 is the requirement; the others are the rounding of
@@ -334,7 +337,9 @@ def test_under_jit_vmap_scan_grad_and_export():
 
 
 def test_under_shard_map():
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:1]
+    )
     rng = np.random.default_rng(13)
     weight = make_weight(rng, 64, 48, 4, 32)
     x = rng.standard_normal((4, 64)).astype(np.float32)
@@ -381,6 +386,7 @@ def run_child(pinned):
     code = CHILD % {"pinned": pinned, "tests": os.path.dirname(__file__)}
     child = subprocess.run(
         [sys.executable, "-P", "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -4,6 +4,7 @@ The emulator (xla_ffi/emulator) checks every access on the way: bounds, alignmen
 threads, and that the output is written. It is built with -C cmake.define.JAX_GPTQ_EMULATOR=ON.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -17,13 +18,17 @@ from oracle import RawWeight, random_weight, rel_error
 
 import jax_gptq
 from jax_gptq import errors, ffi
+from jax_gptq.packing import pack_codes, unpack_codes
 from jax_gptq.stores.cuda import CudaStore, target
 from jax_gptq.weight import GptqWeight
 
 emulated = ffi.load("cuda_emulated")
-pytestmark = pytest.mark.skipif(emulated is None, reason="built without JAX_GPTQ_EMULATOR")
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(emulated is None, reason="built without JAX_GPTQ_EMULATOR"),
+]
 
-# One rounding of the output; kernels other than decode also round each weight once.
+# One rounding of the output; kernels for more than 16 rows also round each weight once.
 BOUNDS = {"bfloat16": (2e-3, 5e-3), "float16": (2.6e-4, 6e-4)}
 
 PARAMETERS = {
@@ -148,6 +153,7 @@ def test_random_numbers(case):
 # Device and shape of every kernel, and of every way in which it adds up parts of K.
 KERNELS = {
     "decode": (80, 108, (7, 192, 100), ["decode"]),
+    "decode, many strips": (90, 2, (3, 600, 700), ["decode"]),
     "decode, workspace": (80, 108, (16, 8192, 64), ["decode", "reduce"]),
     "decode, cluster": (90, 132, (16, 4096, 64), ["decode"]),
     "mma": (80, 2, (40, 192, 130), ["mma"]),
@@ -174,14 +180,49 @@ def test_same_bits_in_any_order(kernel, dtype, bits):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("rows", [8, 16])
-def test_a_row_does_not_depend_on_the_others(arch, rows):
+@pytest.mark.parametrize(("rows", "fewer"), [(2, 1), (8, 1), (16, 9)])
+def test_a_row_does_not_depend_on_the_others(arch, rows, fewer):
     """Decode: up to 8 rows are one kernel, 9 to 16 another."""
     emulated.set(arch=arch)
     x, store, _, _ = setup(rows, 512, 130)
     together = np.asarray(matmul(x, store))
-    fewer = np.asarray(matmul(x[: rows - 3], store))
-    np.testing.assert_array_equal(together[: rows - 3], fewer)
+    np.testing.assert_array_equal(together[:fewer], np.asarray(matmul(x[:fewer], store)))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "special", [np.inf, -np.inf, np.nan, 3000.0, 6e-8, 0.0], ids=lambda value: f"{value:g}"
+)
+def test_decode_with_special_values(special, bits, dtype):
+    """One row holds a special value in some parts of K, the other only ordinary ones."""
+    x, store, _, _ = setup(2, 700, 50, dtype=dtype, bits=bits, group_size=64)
+    special_row = x.at[1, 5:300:90].set(special)
+    found = np.asarray(matmul(special_row, store))
+    assert emulated.launches() == ["decode"]
+    np.testing.assert_array_equal(found[0], np.asarray(matmul(x, store))[0])
+    weight = np.asarray(jax_gptq.dequantize(store.unpack()), np.float64)
+    with np.errstate(invalid="ignore"):
+        y = np.asarray(special_row[1:], np.float64) @ weight
+    if np.isfinite(special):
+        assert rel_error(found[1:], y) < BOUNDS[dtype][0] * 1.5
+    else:
+        np.testing.assert_array_equal(found[1:].astype(np.float64), y)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_decode_keeps_small_values_beside_a_huge_one(dtype):
+    """With zeros as the weights of the huge value, only the small ones count."""
+    rng = np.random.default_rng(0)
+    raw = RawWeight(rng, 256, 64, group_size=32)
+    weight = normal_form(raw)
+    codes = unpack_codes(jnp.asarray(weight.qweight), 4, 256).at[3].set(raw.z[0])
+    store = CudaStore.pack(dataclasses.replace(weight, qweight=pack_codes(codes, 4)))
+    x = jnp.asarray(rng.standard_normal((1, 256)), dtype).at[0, 3].set(60000)
+    matrix = np.asarray(jax_gptq.dequantize(store.unpack()), np.float64)
+    assert not matrix[3].any()
+    assert rel_error(matmul(x, store), np.asarray(x, np.float64) @ matrix) < BOUNDS[dtype][0] * 1.5
+    assert emulated.launches() == ["decode"]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -99,6 +99,7 @@ def test_a_named_backend_is_emitted_without_the_module(monkeypatch):
     assert not calls(lowered(store, x, backend=None))
 
 
+@pytest.mark.host
 def test_cuda_on_a_cpu_is_an_error_not_a_fallback():
     store, _ = setup(128, 64)
     x = jnp.zeros((3, 128), jnp.float16)

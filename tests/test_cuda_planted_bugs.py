@@ -20,6 +20,7 @@ from jax_gptq.stores import cuda
 SOURCES = Path(__file__).parent.parent / "xla_ffi"
 COMPILER = shutil.which("c++")
 pytestmark = [
+    pytest.mark.host,
     pytest.mark.skipif(ffi.load("cuda_emulated") is None, reason="built without JAX_GPTQ_EMULATOR"),
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
 ]

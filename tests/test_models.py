@@ -214,6 +214,7 @@ def test_input_ids_are_checked():
         model(np.zeros(5, np.int32))
 
 
+@pytest.mark.host
 def test_bfloat16_table():
     """The native kernel, where it is built, and the rule of its gradient."""
     rng = np.random.default_rng(0)

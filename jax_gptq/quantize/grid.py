@@ -67,7 +67,8 @@ def _grid(low, high, bits, sym, scale_dtype):
 def storable_scales(scales: Array, scale_dtype: DTypeLike) -> Array:
     """f32 scales rounded to the finite, positive values of `scale_dtype`."""
     info = jnp.finfo(scale_dtype)
-    rounded = scales.astype(scale_dtype).astype(jnp.float32)
+    # Not a pair of casts: XLA may leave those out, and does so on GPUs.
+    rounded = jax.lax.reduce_precision(scales, info.nexp, info.nmant)
     # Below the smallest normal number a scale has few bits left, and some kernels flush it to zero.
     return jnp.clip(rounded, float(info.tiny), float(info.max))
 

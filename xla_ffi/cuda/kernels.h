@@ -13,8 +13,7 @@ namespace jax_gptq::cuda {
 cudaError_t launch_matmul(const Problem& problem, const Plan& plan, void* workspace,
                           cudaStream_t stream);
 
-// Kernels V, A, B (mma.sync) and the second pass of a split K; called by launch_matmul.
-cudaError_t launch_gemv(const Problem& problem, const Plan& plan, cudaStream_t stream);
+// Kernels A, B (mma.sync) and the second pass of a split K; called by launch_matmul.
 cudaError_t launch_decode(const Problem& problem, const Plan& plan, void* workspace,
                           cudaStream_t stream);
 cudaError_t launch_mma(const Problem& problem, const Plan& plan, void* workspace,

@@ -9,8 +9,6 @@ cudaError_t launch_matmul(const Problem& problem, const Plan& plan, void* worksp
   switch (plan.kernel) {
     case Kernel::kNone:
       return problem.m == 0 ? cudaSuccess : cudaErrorNotSupported;
-    case Kernel::kGemv:
-      return launch_gemv(problem, plan, stream);
     case Kernel::kDecode:
       error = launch_decode(problem, plan, workspace, stream);
       break;

@@ -8,8 +8,7 @@
 
 namespace jax_gptq::cuda {
 
-// The most rows of x that the gemv and the decode kernel take.
-constexpr int kGemvRows = 2;
+// The most rows of x that the decode kernel takes.
 constexpr int kDecodeRows = 16;
 
 // The most parts of K that a cluster adds up: the portable size of a cluster.
@@ -51,7 +50,6 @@ struct Device {
 
 enum class Kernel : int {
   kNone,    // no rows: nothing to launch
-  kGemv,    // m <= 2, products of integers, scales in f32
   kDecode,  // m <= 16, scales on f32 accumulators
   kMma,     // larger m, mma.sync, weights rounded once
   kWgmma,   // larger m, sm_90a, weights rounded once
@@ -71,9 +69,9 @@ struct Plan {
   int splits = 1;  // parts of K
   int grid = 0;    // blocks
   int shared_bytes = 0;
-  // kDecode: strips of 32 output features that a block holds at once (1, 2, 4 or 8), and stages of
-  // the rings.
-  int strips = 1;
+  // kDecode: fragments of 16 output features that a warp holds at once (1 or 2), and stages of its
+  // ring.
+  int fragments = 0;
   int stages = 0;
   // kMma: rows of x per block (16, 32, 64 or 128).
   int block_m = 0;
@@ -83,9 +81,9 @@ struct Plan {
 constexpr bool supported(const Device& device) { return device.arch >= 80; }
 
 // The plan for `problem` (its pointers are not looked at). kNone where m > 0 means that no kernel
-// can take the problem on this device. One and two rows of the gemv kernel, 3 to 8 and 9 to 16 of
-// the decode kernel and, by kMma, all m with the same number of blocks along m cut K in the same
-// way; there a row of y does not depend on the rows beside it.
+// can take the problem on this device. K is cut in the same way for all m up to 8, from 9 to 16
+// and, by kMma, for all m with the same number of blocks along m; there a row of y does not depend
+// on the rows beside it.
 Plan make_plan(const Problem& problem, const Device& device);
 
 }  // namespace jax_gptq::cuda

@@ -370,11 +370,9 @@ Variant chosen(const Problem& problem) {
     return launch_matmul(p, plan, workspace(), stream);
   };
   switch (plan.kernel) {
-    case Kernel::kGemv:
-      return {format("chosen: gemv grid %d", plan.grid, 0, 0), launch};
     case Kernel::kDecode:
-      return {format("chosen: decode strips %d splits %d stages %d grid %d", plan.strips,
-                     plan.splits, plan.stages, plan.grid),
+      return {format("chosen: decode fragments %d stages %d splits %d grid %d", plan.fragments,
+                     plan.stages, plan.splits, plan.grid),
               launch};
     case Kernel::kWgmma: {
       const WgmmaPlan w = wgmma_plan(problem, device());
@@ -390,27 +388,29 @@ Variant chosen(const Problem& problem) {
 std::vector<Variant> variants(const Problem& problem) {
   std::vector<Variant> result = {chosen(problem)};
   if (problem.m <= kDecodeRows) {
-    for (int strips : {1, 2, 4, 8}) {
+    for (const DecodeForm* form = decode_forms_begin(problem); form < decode_forms_end(problem);
+         ++form) {
       for (int splits : {1, 2, 4, 8}) {
-        for (int stages : {kShallowStages, deep_stages(problem.bits)}) {
-          if (splits > steps_k(problem.k)) continue;
-          Plan plan;
-          plan.device = device();
-          plan.kernel = Kernel::kDecode;
-          plan.reduction = splits == 1 ? Reduction::kNone : Reduction::kCluster;
-          plan.splits = splits;
-          plan.strips = strips;
-          plan.stages = stages;
-          const int groups = multiprocessors() * (splits > 2 ? 10 : 11) / 11 / splits;
-          plan.grid = std::min(decode_columns(problem, strips), groups) * splits;
-          plan.shared_bytes = DecodeShared(problem, strips, splits, stages).size;
-          if (plan.shared_bytes > kSharedBytes) continue;
-          result.push_back({format("decode strips %d splits %d stages %d grid %d", strips, splits,
-                                   stages, plan.grid),
-                            [=](const Problem& p, cudaStream_t stream) {
-                              return launch_matmul(p, plan, workspace(), stream);
-                            }});
-        }
+        if (splits > ceil_div(problem.k, kUnitK)) continue;
+        const int strips = decode_strips(problem, form->fragments);
+        const int groups =
+            std::min(strips, multiprocessors() * (splits > 2 ? 10 : 11) / 11 / splits);
+        Plan plan;
+        plan.device = device();
+        plan.kernel = Kernel::kDecode;
+        plan.reduction = splits == 1 ? Reduction::kNone : Reduction::kCluster;
+        plan.splits = splits;
+        plan.fragments = form->fragments;
+        plan.stages = form->stages;
+        plan.grid = groups * splits;
+        plan.shared_bytes =
+            DecodeShared(problem, *form, splits, ceil_div(strips, groups), splits > 1).size;
+        if (plan.shared_bytes > kSharedBytes) continue;
+        result.push_back({format("decode fragments %d stages %d splits %d grid %d", plan.fragments,
+                                 plan.stages, splits, plan.grid),
+                          [=](const Problem& p, cudaStream_t stream) {
+                            return launch_matmul(p, plan, workspace(), stream);
+                          }});
       }
     }
     return result;
@@ -645,6 +645,7 @@ void ceilings() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  workspace();
   const std::string command = argc > 1 ? argv[1] : "";
   if (command == "check") return check(argc > 2 ? std::atoi(argv[2]) : 100);
   if (command == "small") return small();
