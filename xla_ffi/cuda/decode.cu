@@ -4,53 +4,44 @@
 namespace jax_gptq::cuda {
 namespace {
 
-template <class T, int kBits, int kColumns, int kSets, int kFragments, int kStages>
+template <class T, int kBits, int kColumns, int kSets>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decode(DecodeArguments args) {
-  decode_block<T, kBits, kColumns, kSets, kFragments, kStages>(args);
+  decode_block<T, kBits, kColumns, kSets>(args);
 }
 
 using DecodeKernel = void (*)(DecodeArguments);
 
 template <class T, int kBits, int kSets>
-DecodeKernel choose(int m, const DecodeForm& form) {
-  if constexpr (kBits == 8) {
-    return m > 8 ? decode<T, 8, 16, kSets, 1, 2> : decode<T, 8, 8, kSets, 1, 2>;
-  } else if (form.fragments == 2) {
-    return m > 8 ? decode<T, 4, 16, kSets, 2, 2> : decode<T, 4, 8, kSets, 2, 2>;
-  } else if (form.stages == 2) {
-    return m > 8 ? decode<T, 4, 16, kSets, 1, 2> : decode<T, 4, 8, kSets, 1, 2>;
-  } else {
-    return decode<T, 4, 8, kSets, 1, 4>;
-  }
+DecodeKernel choose(int m) {
+  return m > 8 ? decode<T, kBits, 16, kSets> : decode<T, kBits, 8, kSets>;
 }
 
 template <class T, int kBits>
-DecodeKernel choose(int m, const DecodeForm& form, int sets) {
+DecodeKernel choose(int m, int sets) {
   switch (sets) {
     case 1:
-      return choose<T, kBits, 1>(m, form);
+      return choose<T, kBits, 1>(m);
     case 2:
-      return choose<T, kBits, 2>(m, form);
+      return choose<T, kBits, 2>(m);
     case 4:
-      return choose<T, kBits, 4>(m, form);
+      return choose<T, kBits, 4>(m);
     default:
-      return choose<T, kBits, 8>(m, form);
+      return choose<T, kBits, 8>(m);
   }
 }
 
 template <class T>
-DecodeKernel choose(const Problem& p, const DecodeForm& form) {
+DecodeKernel choose(const Problem& p) {
   const int sets = parameter_sets(p);
-  return p.bits == 4 ? choose<T, 4>(p.m, form, sets) : choose<T, 8>(p.m, form, sets);
+  return p.bits == 4 ? choose<T, 4>(p.m, sets) : choose<T, 8>(p.m, sets);
 }
 
 }  // namespace
 
 cudaError_t launch_decode(const Problem& problem, const Plan& plan, void* workspace,
                           cudaStream_t stream) {
-  const DecodeForm form{plan.fragments, plan.stages};
   const DecodeKernel kernel =
-      problem.type == Dtype::kF16 ? choose<F16>(problem, form) : choose<Bf16>(problem, form);
+      problem.type == Dtype::kF16 ? choose<F16>(problem) : choose<Bf16>(problem);
   Grid grid = {};
   grid.grid = dim3(plan.grid);
   grid.threads = kDecodeThreads;

@@ -1,6 +1,6 @@
 // Kernel A, decode: y [m, n] = x [m, k] W [k, n] for m <= 16, limited by reading the weight.
 //
-// A block takes strips of 16 or 32 output features in turn, neighbouring blocks neighbouring strips
+// A block takes strips of 16 output features in turn, neighbouring blocks neighbouring strips
 // at the same time; its 16 warps share the K of every strip, each the same part for all strips.
 // So a warp needs nothing of the others until the end: it holds its own part of x, and streams
 // codes, scales and zero points through a ring of its own, over the ends of strips, without a
@@ -58,19 +58,17 @@ __device__ __forceinline__ void decode_write(const Problem& p, int row, int n, f
 // Adds up the sums of `slots` strips from `first_strip` on, every `stride`-th: warps in order, then
 // splits; writes y, or this split's partial sums. Nothing may be written to the sums before it, and
 // all of them after it.
-template <class T, int kFragments>
+template <class T>
 __device__ __forceinline__ void decode_add(const DecodeArguments& args, int first_strip, int stride,
                                            int slots, int split) {
-  constexpr int kStripN = strip_n(kFragments);
-  constexpr int kPitch = sums_pitch(kFragments);
   const Problem& p = args.problem;
   const uint32_t parts = shared_base() + args.parts;
   const uint32_t sums = shared_base() + args.sums;
-  const int count = slots * p.m * kStripN;
+  const int count = slots * p.m * kFragmentN;
   const auto place = [&](int i, int* row, int* n) {
-    const int slot = args.rows.divide(i / kStripN);
-    *row = i / kStripN - slot * p.m;
-    *n = (first_strip + slot * stride) * kStripN + i % kStripN;
+    const int slot = args.rows.divide(i / kFragmentN);
+    *row = i / kFragmentN - slot * p.m;
+    *n = (first_strip + slot * stride) * kFragmentN + i % kFragmentN;
     return slot;
   };
   block_sync();
@@ -78,11 +76,12 @@ __device__ __forceinline__ void decode_add(const DecodeArguments& args, int firs
   for (int i = threadIdx.x; i < count; i += kDecodeThreads) {
     int row, n;
     const int slot = place(i, &row, &n);
-    const uint32_t from = parts + ((slot * kDecodeWarps * p.m + row) * kPitch + i % kStripN) * 4;
+    const uint32_t from =
+        parts + ((slot * kDecodeWarps * p.m + row) * kSumsPitch + i % kFragmentN) * 4;
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kDecodeWarps; ++warp) {
-      sum += ld_shared<float>(from + warp * p.m * kPitch * 4);
+      sum += ld_shared<float>(from + warp * p.m * kSumsPitch * 4);
     }
     if (args.reduction == Reduction::kCluster) {
       st_shared(sums + i * 4, sum);
@@ -122,16 +121,15 @@ __device__ __forceinline__ void decode_add(const DecodeArguments& args, int firs
 }
 
 // kColumns: 8 or 16 columns of the tensor cores' product hold the m rows of x. kSets: groups that
-// begin in a unit of 128 along K. kFragments: of 16 output features in a strip.
-template <class T, int kBits, int kColumns, int kSets, int kFragments, int kStages>
+// begin in a unit of 128 along K.
+template <class T, int kBits, int kColumns, int kSets>
 __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   constexpr int kRight = kColumns / 8;  // right-hand fragments
-  constexpr int kCodeBytes = unit_code_bytes(kBits, kFragments);
-  constexpr int kSetBytes = strip_n(kFragments) * kParameterBytes;
-  constexpr int kStageBytes = stage_bytes(kBits, kFragments, kSets);
-  constexpr int kLoads = 2 * kBits / 4;         // 16-byte loads of a lane per unit and fragment
+  constexpr int kCodeBytes = unit_code_bytes(kBits);
+  constexpr int kSetBytes = kFragmentN * kParameterBytes;
+  constexpr int kStageBytes = stage_bytes(kBits, kSets);
+  constexpr int kLoads = 2 * kBits / 4;         // 16-byte loads of a lane per unit
   constexpr int kBlocks = kUnitK / kFragmentK;  // of 16 along K in a unit
-  constexpr int kPitch = sums_pitch(kFragments);
 
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32;
@@ -150,28 +148,24 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   decode_copy_x(args, run_first, run_units, x_run);
 
   // ---- The stream of codes and parameters ----
-  // kPieceLanes lanes copy a set: scales in up to 4 kFragments pieces of 16 bytes, then zero
-  // points.
-  constexpr int kPieceLanes = 8 * kFragments;
-  constexpr int kSetsAtOnce = 32 / kPieceLanes;
+  // Lanes 8 i .. 8 i + 7 copy set i (and i + 4): up to four pieces of scales, then the zero points.
   uint32_t lane_bytes = lane * kLaneBytes;
   keep(lane_bytes);
-  const uint32_t ring = shared_base() + warp * kStages * kStageBytes + lane_bytes;
+  const uint32_t ring = shared_base() + warp * kDecodeStages * kStageBytes + lane_bytes;
   const int scale_bytes = p.scale_type == Dtype::kF32 ? 4 : 2;
-  int set_lane = lane / kPieceLanes;
-  int piece = lane % kPieceLanes;
+  int set_lane = lane / 8;
+  int piece = lane % 8;
   keep(set_lane);
   keep(piece);
-  const bool is_zero = piece >= 4 * kFragments;
-  int carries =
-      set_lane < kSets && (is_zero ? piece < 5 * kFragments : piece < kFragments * scale_bytes);
+  const bool is_zero = piece >= 4;
+  int carries = set_lane < kSets && (is_zero ? piece == 4 : piece < scale_bytes);
   keep(carries);
   int parameter_bytes = is_zero ? 1 : scale_bytes;
   keep(parameter_bytes);
   int group_bytes = kTileN * parameter_bytes;
   keep(group_bytes);
-  const char* all_parameters = static_cast<const char*>(is_zero ? p.zeros : p.scales) +
-                               (is_zero ? piece - 4 * kFragments : piece) * 16;
+  const char* all_parameters =
+      static_cast<const char*>(is_zero ? p.zeros : p.scales) + piece % 4 * 16;
   uint32_t to_parameters = kCodeBytes + set_lane * kSetBytes + piece * 16 - lane_bytes;
   keep(to_parameters);
   const bool half_tail = 2 * (run_first + run_units) > steps;  // the last unit is one step
@@ -185,7 +179,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       copied_strip += stride;
       left = run_units;
       copied_set = run_first * kSets + set_lane;
-      const int n = copied_strip * strip_n(kFragments);
+      const int n = copied_strip * kFragmentN;
       codes =
           static_cast<const char*>(p.codes) +
           lane_offset(kBits, steps, n / kTileN, 2 * run_first, 0, n % kTileN / kFragmentN, lane);
@@ -195,15 +189,12 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const bool valid = i < kLoads / 2 || !half_tail || left > 1;
-#pragma unroll
-        for (int f = 0; f < kFragments; ++f) {
-          cp_async_16(stage + (i * kFragments + f) * 512, codes + i * kTileBytes + f * 512, valid);
-        }
+        cp_async_16(stage + i * 512, codes + i * kTileBytes, valid);
       }
 #pragma unroll
-      for (int set = 0; set < kSets; set += kSetsAtOnce) {
+      for (int set = 0; set < kSets; set += 4) {
         const int group = min(args.sets_per_group.divide(copied_set + set), p.groups - 1);
-        if (carries && (kSets % kSetsAtOnce == 0 || set + set_lane < kSets)) {
+        if (carries) {
           cp_async_16(stage + to_parameters + set * kSetBytes,
                       parameters + uint64_t{static_cast<uint32_t>(group)} *
                                        static_cast<uint32_t>(group_bytes));
@@ -217,8 +208,8 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   };
   if (run_units > 0) {
 #pragma unroll 1
-    for (int i = 0; i < kStages; ++i) copy_unit(ring + i * kStageBytes);
-    cp_async_wait<kStages>();
+    for (int i = 0; i < kDecodeStages; ++i) copy_unit(ring + i * kStageBytes);
+    cp_async_wait<kDecodeStages>();
   } else {
     cp_async_wait<0>();
   }
@@ -230,7 +221,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   const uint32_t x_lane =
       x_run + x_row * args.x_pitch + (kRight == 2 ? lane / 8 % 2 * 16 : lane / 8 * 16);
   // In a stage: this lane's zero point and scale of output feature lane / 4.
-  uint32_t to_zero = kCodeBytes + strip_n(kFragments) * 4 + lane / 4 - lane_bytes;
+  uint32_t to_zero = kCodeBytes + kFragmentN * 4 + lane / 4 - lane_bytes;
   keep(to_zero);
   uint32_t to_scale = kCodeBytes + lane / 4 * scale_bytes - lane_bytes;
   keep(to_scale);
@@ -239,91 +230,74 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   int slot = 0;
 #pragma unroll 1
   for (int strip = first_strip; strip < args.strips; strip += stride) {
-    float total[kFragments][kRight][4] = {};
+    float total[kRight][4] = {};
     uint32_t x_unit = x_lane;
 #pragma unroll 1
     for (int unit = 0; unit < run_units; ++unit) {
-      cp_async_wait<kStages - 1>();
+      cp_async_wait<kDecodeStages - 1>();
       warp_sync();
-      uint32_t words[kFragments][4 * kLoads];
+      uint32_t words[4 * kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-#pragma unroll
-        for (int f = 0; f < kFragments; ++f) {
-          const uint4 v = ld_shared<uint4>(stage + (i * kFragments + f) * 512);
-          words[f][4 * i] = v.x;
-          words[f][4 * i + 1] = v.y;
-          words[f][4 * i + 2] = v.z;
-          words[f][4 * i + 3] = v.w;
-        }
+        const uint4 v = ld_shared<uint4>(stage + i * 512);
+        words[4 * i] = v.x;
+        words[4 * i + 1] = v.y;
+        words[4 * i + 2] = v.z;
+        words[4 * i + 3] = v.w;
       }
       uint32_t right[4];
 #pragma unroll
       for (int set = 0; set < kSets; ++set) {
         const uint32_t at = stage + set * kSetBytes;
-        uint32_t zero[kFragments][2];
+        uint32_t zero[2];  // of rows lane / 4 and lane / 4 + 8
 #pragma unroll
-        for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t row = f * kFragmentN + i * 8;
-            zero[f][i] = prepare_zero<T, kBits>(ld_shared<uint8_t>(at + to_zero + row));
-          }
+        for (int i = 0; i < 2; ++i) {
+          zero[i] = prepare_zero<T, kBits>(ld_shared<uint8_t>(at + to_zero + i * 8));
         }
-        float sum[kFragments][kRight][4] = {};
+        float sum[kRight][4] = {};
 #pragma unroll
         for (int block = 0; block < kBlocks / kSets; ++block) {
           const int j = set * (kBlocks / kSets) + block;
           if (kRight == 2 || j % 2 == 0) ldmatrix_x4(right, x_unit + j * 32);
+          uint32_t a[4];
+          exact_fragment<T, kBits>(a, &words[j * kBits / 4], zero);
 #pragma unroll
-          for (int f = 0; f < kFragments; ++f) {
-            uint32_t a[4];
-            exact_fragment<T, kBits>(a, &words[f][j * kBits / 4], zero[f]);
-#pragma unroll
-            for (int r = 0; r < kRight; ++r) {
-              const int b = kRight == 2 ? 2 * r : j % 2 * 2;
-              mma_m16n8k16<T>(sum[f][r], a, {right[b], right[b + 1]});
-            }
+          for (int r = 0; r < kRight; ++r) {
+            const int b = kRight == 2 ? 2 * r : j % 2 * 2;
+            mma_m16n8k16<T>(sum[r], a, {right[b], right[b + 1]});
           }
         }
 #pragma unroll
-        for (int f = 0; f < kFragments; ++f) {
+        for (int i = 0; i < 4; ++i) {
+          const float scale = load_scale(at + to_scale, i / 2 * 8, p.scale_type);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float scale = load_scale(at + to_scale, f * kFragmentN + i / 2 * 8, p.scale_type);
-#pragma unroll
-            for (int r = 0; r < kRight; ++r) {
-              total[f][r][i] = fmaf(scale, sum[f][r][i], total[f][r][i]);
-            }
+          for (int r = 0; r < kRight; ++r) {
+            total[r][i] = fmaf(scale, sum[r][i], total[r][i]);
           }
         }
       }
       warp_sync();  // All lanes have read the stage.
       copy_unit(stage);
       stage += kStageBytes;
-      if (stage == ring + kStages * kStageBytes) stage = ring;
+      if (stage == ring + kDecodeStages * kStageBytes) stage = ring;
       x_unit += kUnitK * 2;
     }
 
     // A lane's sums: rows lane / 4 (+ 8) of a fragment, columns 2 (lane % 4) (+ 1).
-    const uint32_t own =
-        shared_base() + args.parts + (slot * kDecodeWarps + warp) * p.m * kPitch * 4 + lane / 4 * 4;
+    const uint32_t own = shared_base() + args.parts +
+                         (slot * kDecodeWarps + warp) * p.m * kSumsPitch * 4 + lane / 4 * 4;
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
+    for (int r = 0; r < kRight; ++r) {
 #pragma unroll
-      for (int r = 0; r < kRight; ++r) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int m = r * 8 + lane % 4 * 2 + i % 2;
-          const int n = f * kFragmentN + i / 2 * 8;
-          if (m < p.m) st_shared(own + (m * kPitch + n) * 4, total[f][r][i]);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int m = r * 8 + lane % 4 * 2 + i % 2;
+        if (m < p.m) st_shared(own + (m * kSumsPitch + i / 2 * 8) * 4, total[r][i]);
       }
     }
     ++slot;
     const bool last = strip + stride >= args.strips;
     if (slot < args.slots && !last) continue;
-    decode_add<T, kFragments>(args, strip - (slot - 1) * stride, stride, slot, split);
+    decode_add<T>(args, strip - (slot - 1) * stride, stride, slot, split);
     slot = 0;
     if (!last) block_sync();
   }

@@ -9,17 +9,6 @@
 namespace jax_gptq::cuda {
 namespace {
 
-// The estimates below only rank plans; fitted to times on an H100. Bytes per nanosecond that the
-// device reads from memory, that one multiprocessor can take in, and that it reads from the L2
-// cache; how much longer 32 KB under way take than 64; nanoseconds of adding up a cluster's sums,
-// and of a second kernel.
-constexpr double kMemoryRate = 3000.0;
-constexpr double kBlockRate = 40.0;
-constexpr double kCacheRate = 48.0;
-constexpr double kShallowFactor = 1.1;
-constexpr double kClusterTime = 1000.0;
-constexpr double kKernelTime = 2000.0;
-
 constexpr int kMaxWorkspaceSplits = 16;
 
 // Groups of `size` blocks (1, 2, 4 or 8), one block per multiprocessor, that are resident at once.
@@ -34,48 +23,34 @@ bool partial_sums_fit(const Problem& p, int splits) {
   return int64_t{splits} * p.m * tiles_n(p.n) * kTileN * 4 <= kWorkspaceBytes;
 }
 
-// No plan (kernel kNone) where x does not fit into shared memory.
+// As few splits of K as let x fit into shared memory: on an H100 no more are ever faster. No plan
+// (kernel kNone) where none do.
 Plan plan_decode(const Problem& problem, const Device& device) {
   Problem p = problem;
-  p.m = p.m <= 8 ? 8 : kDecodeRows;
+  p.m = p.m == 1 ? 1 : p.m <= 8 ? 8 : kDecodeRows;
   const bool clusters = device.arch >= 90;
-  const int units = ceil_div(p.k, kUnitK);
-  Plan best;
-  double best_time = 0;
-  for (const DecodeForm* form = decode_forms_begin(p); form < decode_forms_end(p); ++form) {
-    const int strips = decode_strips(p, form->fragments);
-    for (int splits = 1; splits <= (clusters ? kMaxClusterSplits : kMaxWorkspaceSplits);
-         splits *= 2) {
-      if (splits > units || (!clusters && splits > 1 && !partial_sums_fit(p, splits))) continue;
-      const bool cluster = clusters && splits > 1;
-      const int groups = std::min(strips, resident_groups(device.processors, splits, clusters));
-      const int rounds = ceil_div(strips, groups);
-      const int split_units = ceil_div(units, splits);
-      if (DecodeShared(p, *form, splits, rounds, cluster).size > device.shared_bytes) continue;
-
-      // What the busiest block reads, its warps in step.
-      const double bytes = static_cast<double>(rounds) * ceil_div(split_units, kDecodeWarps) *
-                           kDecodeWarps * unit_code_bytes(p.bits, form->fragments);
-      const bool shallow = form->stages * unit_code_bytes(p.bits, form->fragments) < 4096;
-      double time = (shallow ? kShallowFactor : 1.0) * bytes /
-                    std::min(kBlockRate, kMemoryRate / (groups * splits));
-      time += p.m * split_units * kUnitK * 2 / kCacheRate;
-      if (splits > 1) time += clusters ? kClusterTime : kKernelTime;
-      if (best.kernel != Kernel::kNone && time >= best_time) continue;
-      best_time = time;
-      best.device = device;
-      best.kernel = Kernel::kDecode;
-      best.reduction = splits == 1 ? Reduction::kNone
-                       : clusters  ? Reduction::kCluster
-                                   : Reduction::kWorkspace;
-      best.splits = splits;
-      best.grid = groups * splits;
-      best.fragments = form->fragments;
-      best.stages = form->stages;
-      best.shared_bytes = DecodeShared(problem, *form, splits, rounds, cluster).size;
-    }
+  const int most = clusters ? kMaxClusterSplits : kMaxWorkspaceSplits;
+  for (int splits = 1; splits <= most && splits <= ceil_div(p.k, kUnitK); splits *= 2) {
+    if (!clusters && splits > 1 && !partial_sums_fit(p, splits)) break;
+    const int strips = decode_strips(p);
+    const int groups = std::min(strips, resident_groups(device.processors, splits, clusters));
+    const bool cluster = clusters && splits > 1;
+    const auto shared = [&](const Problem& q) {
+      return DecodeShared(q, splits, ceil_div(strips, groups), cluster, device.shared_bytes);
+    };
+    if (shared(p).slots == 0) continue;
+    Plan plan;
+    plan.device = device;
+    plan.kernel = Kernel::kDecode;
+    plan.reduction = splits == 1 ? Reduction::kNone
+                     : clusters  ? Reduction::kCluster
+                                 : Reduction::kWorkspace;
+    plan.splits = splits;
+    plan.grid = groups * splits;
+    plan.shared_bytes = shared(problem).size;
+    return plan;
   }
-  return best;
+  return {};
 }
 
 Plan plan_mma(const Problem& p, const Device& device) {
@@ -102,14 +77,15 @@ Plan plan_mma(const Problem& p, const Device& device) {
 
 Plan make_plan(const Problem& p, const Device& device) {
   if (p.m == 0 || !supported(device)) return {};
-  if (p.m <= kDecodeRows) {
-    const Plan plan = plan_decode(p, device);
-    if (plan.kernel != Kernel::kNone) return plan;
-  } else if (device.arch == 90 && wgmma_supported(p)) {
+  if (p.m > 8 && device.arch == 90 && wgmma_supported(p)) {
     Plan plan;
     plan.device = device;
     plan.kernel = Kernel::kWgmma;
     return plan;
+  }
+  if (p.m <= kDecodeRows) {
+    const Plan plan = plan_decode(p, device);
+    if (plan.kernel != Kernel::kNone) return plan;
   }
   return plan_mma(p, device);
 }

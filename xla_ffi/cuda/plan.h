@@ -50,7 +50,7 @@ struct Device {
 
 enum class Kernel : int {
   kNone,    // no rows: nothing to launch
-  kDecode,  // m <= 16, scales on f32 accumulators
+  kDecode,  // m <= 16 (sm_90a: 8), scales on f32 accumulators
   kMma,     // larger m, mma.sync, weights rounded once
   kWgmma,   // larger m, sm_90a, weights rounded once
 };
@@ -69,10 +69,6 @@ struct Plan {
   int splits = 1;  // parts of K
   int grid = 0;    // blocks
   int shared_bytes = 0;
-  // kDecode: fragments of 16 output features that a warp holds at once (1 or 2), and stages of its
-  // ring.
-  int fragments = 0;
-  int stages = 0;
   // kMma: rows of x per block (16, 32, 64 or 128).
   int block_m = 0;
 };
@@ -81,7 +77,7 @@ struct Plan {
 constexpr bool supported(const Device& device) { return device.arch >= 80; }
 
 // The plan for `problem` (its pointers are not looked at). kNone where m > 0 means that no kernel
-// can take the problem on this device. K is cut in the same way for all m up to 8, from 9 to 16
+// can take the problem on this device. K is cut in the same way for all m from 2 to 8, from 9 to 16
 // and, by kMma, for all m with the same number of blocks along m; there a row of y does not depend
 // on the rows beside it.
 Plan make_plan(const Problem& problem, const Device& device);

@@ -22,8 +22,10 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
     if (problem.m <= 32 || wide * 2 > half || (long_k && wide * 4 <= half)) plan.block_n = 256;
   } else if (!long_k && tiles(128, 64) <= half) {
     plan.block_m = 64;
-  } else if (problem.m <= 128 || tiles(128, 256) <= half) {
+  } else if (problem.m <= 128 || (tiles(128, 256) <= half && !(long_k && tiles(128, 128) > half))) {
     plan.block_m = 128;
+  } else if (tiles(128, 256) <= half) {
+    plan.block_m = 256;  // and two splits
   } else {
     plan.block_m = 256;
     plan.columns = 2;

@@ -346,7 +346,7 @@ struct Variant {
   std::function<cudaError_t(const Problem&, cudaStream_t)> launch;
 };
 
-std::string format(const char* pattern, int a, int b, int c, int d = 0) {
+std::string format(const char* pattern, int a, int b, int c = 0, int d = 0) {
   char text[80];
   std::snprintf(text, sizeof text, pattern, a, b, c, d);
   return text;
@@ -371,9 +371,7 @@ Variant chosen(const Problem& problem) {
   };
   switch (plan.kernel) {
     case Kernel::kDecode:
-      return {format("chosen: decode fragments %d stages %d splits %d grid %d", plan.fragments,
-                     plan.stages, plan.splits, plan.grid),
-              launch};
+      return {format("chosen: decode splits %d grid %d", plan.splits, plan.grid), launch};
     case Kernel::kWgmma: {
       const WgmmaPlan w = wgmma_plan(problem, device());
       return {
@@ -388,32 +386,26 @@ Variant chosen(const Problem& problem) {
 std::vector<Variant> variants(const Problem& problem) {
   std::vector<Variant> result = {chosen(problem)};
   if (problem.m <= kDecodeRows) {
-    for (const DecodeForm* form = decode_forms_begin(problem); form < decode_forms_end(problem);
-         ++form) {
-      for (int splits : {1, 2, 4, 8}) {
-        if (splits > ceil_div(problem.k, kUnitK)) continue;
-        const int strips = decode_strips(problem, form->fragments);
-        const int groups =
-            std::min(strips, multiprocessors() * (splits > 2 ? 10 : 11) / 11 / splits);
-        Plan plan;
-        plan.device = device();
-        plan.kernel = Kernel::kDecode;
-        plan.reduction = splits == 1 ? Reduction::kNone : Reduction::kCluster;
-        plan.splits = splits;
-        plan.fragments = form->fragments;
-        plan.stages = form->stages;
-        plan.grid = groups * splits;
-        plan.shared_bytes =
-            DecodeShared(problem, *form, splits, ceil_div(strips, groups), splits > 1).size;
-        if (plan.shared_bytes > kSharedBytes) continue;
-        result.push_back({format("decode fragments %d stages %d splits %d grid %d", plan.fragments,
-                                 plan.stages, splits, plan.grid),
-                          [=](const Problem& p, cudaStream_t stream) {
-                            return launch_matmul(p, plan, workspace(), stream);
-                          }});
-      }
+    for (int splits : {1, 2, 4, 8}) {
+      if (splits > ceil_div(problem.k, kUnitK)) continue;
+      const int strips = decode_strips(problem);
+      const int groups = std::min(strips, multiprocessors() * (splits > 2 ? 10 : 11) / 11 / splits);
+      const DecodeShared shared(problem, splits, ceil_div(strips, groups), splits > 1,
+                                kSharedBytes);
+      if (shared.slots == 0) continue;
+      Plan plan;
+      plan.device = device();
+      plan.kernel = Kernel::kDecode;
+      plan.reduction = splits == 1 ? Reduction::kNone : Reduction::kCluster;
+      plan.splits = splits;
+      plan.grid = groups * splits;
+      plan.shared_bytes = shared.size;
+      result.push_back({format("decode splits %d grid %d", splits, plan.grid),
+                        [=](const Problem& p, cudaStream_t stream) {
+                          return launch_matmul(p, plan, workspace(), stream);
+                        }});
     }
-    return result;
+    if (problem.m <= 8) return result;
   }
   for (int block_m : {32, 64, 128, 256}) {
     if (problem.m <= block_m / 2 && block_m > 32) continue;
@@ -451,8 +443,6 @@ bool check_case(const Case& c, const Variant& variant, Buffers& buffers, int run
   double relative = NAN;
   if (error == cudaErrorInvalidConfiguration) {
     cudaGetLastError();
-    std::printf("skip  m %d n %d k %d %s: %s\n", c.m, c.n, c.k, variant.name.c_str(),
-                cudaGetErrorString(error));
     return true;
   }
   if (error != cudaSuccess) {
