@@ -81,6 +81,12 @@ static inline void LoadFloats(const void* from, Float type, int64_t begin, int c
   } else {
     const uint16_t* source = static_cast<const uint16_t*>(from) + begin;
     int i = 0;
+#ifdef __AVX512F__
+    for (; i + 16 <= count; i += 16) {
+      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
+      _mm512_storeu_ps(to + i, _mm512_cvtph_ps(halves));
+    }
+#endif
 #ifdef __F16C__
     for (; i + 8 <= count; i += 8) {
       const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
