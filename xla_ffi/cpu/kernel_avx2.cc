@@ -12,15 +12,15 @@ struct Avx2 : Avx2Base {
   template <bool kWide>
   static I Dot(I acc, I a, I b) {
     const I nibble = Set(0x0f0f0f0f);
-    const I ones = _mm256_set1_epi16(1);
-    const I low = kWide ? And(a, nibble) : a;
-    acc = Add(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(low, b), ones));
-    if constexpr (kWide) {
-      const I high = And(ShiftRight(a, 4), nibble);
-      const I sixteens = _mm256_set1_epi16(16);
-      acc = Add(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(high, b), sixteens));
-    }
+    acc += PairSums(kWide ? a & nibble : a, b, 1);
+    if constexpr (kWide) acc += PairSums(a >> 4 & nibble, b, 16);
     return acc;
+  }
+
+  // The sums of four byte products, times `factor`.
+  static I PairSums(I a, I b, int16_t factor) {
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+    return (I)_mm256_madd_epi16(pairs, _mm256_set1_epi16(factor));
   }
 };
 

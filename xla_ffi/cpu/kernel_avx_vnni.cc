@@ -10,9 +10,9 @@ struct AvxVnni : Avx2Base {
   template <bool kWide>
   static I Dot(I acc, I a, I b) {
 #ifdef __AVXVNNI__
-    return _mm256_dpbusd_avx_epi32(acc, a, b);
+    return (I)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
 #else  // The same instruction in its AVX-512 encoding: how the C++ tests run this file.
-    return _mm256_dpbusd_epi32(acc, a, b);
+    return (I)_mm256_dpbusd_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
 #endif
   }
 };

@@ -11,7 +11,8 @@ namespace jax_gptq::cpu {
 // One instruction set's implementation. Both functions may run on several threads at once.
 struct Kernel {
   const char* name;
-  // From this many rows on, codes are widened to bytes once per block and `offset_digits` is set.
+  // From this many rows on, codes are widened to bytes once per block and `offset_digits` is set;
+  // with one digit from half as many, because unpacking them is then more of the work.
   int widen_rows;
   // Fills the x_* buffers of one row.
   void (*quantize)(const Problem& problem, int64_t row);

@@ -33,7 +33,8 @@ void RunMatmul(const Kernel& kernel, Problem problem, int64_t pool_threads,
                const Schedule& schedule) {
   const int64_t rows = problem.rows;
   if (rows == 0 || problem.columns == 0) return;
-  problem.offset_digits = rows >= kernel.widen_rows && problem.words != 8;
+  const int64_t widen_rows = problem.digits == 1 ? kernel.widen_rows / 2 : kernel.widen_rows;
+  problem.offset_digits = rows >= widen_rows && problem.words != 8;
   // Not initialised: quantize fills them.
   std::unique_ptr<int8_t[]> digits(new int8_t[rows * problem.chunks * problem.digits * kChunkRows]);
   std::unique_ptr<float[]> scales(new float[rows * problem.block_count]);
