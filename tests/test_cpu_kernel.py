@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from oracle import random_weight
 
 import jax_gptq
 from jax_gptq import ffi
@@ -36,21 +37,6 @@ def kernel(request):
     ffi.load("cpu").use_kernel(request.param)
     yield request.param
     ffi.load("cpu").use_kernel()
-
-
-def make_weight(rng, k, n, bits, group_size, g_idx=None, groups=None, dtype=np.float16):
-    groups = groups or -(-k // group_size)
-    codes = rng.integers(0, 2**bits, (k, n), dtype=np.uint8)
-    return GptqWeight(
-        pack_codes(jnp.asarray(codes), bits),
-        jnp.asarray(rng.uniform(1e-3, 1e-2, (groups, n)), dtype),
-        jnp.asarray(rng.integers(0, 2**bits, (groups, n), dtype=np.uint8)),
-        None if g_idx is None else jnp.asarray(g_idx, jnp.int32),
-        bits,
-        group_size,
-        k,
-        n,
-    )
 
 
 def groups_of(weight):
@@ -87,7 +73,7 @@ def same_bits(a, b):
 def test_odd_shapes(kernel, bits, x_dtype):
     rng = np.random.default_rng(bits)
     for k, n, group_size, m in [(320, 70, 128, 1), (100, 33, 100, 3), (77, 1, 24, 12)]:
-        weight = make_weight(rng, k, n, bits, group_size)
+        weight = random_weight(rng, k, n, bits=bits, group_size=group_size)[0]
         x = jnp.asarray(rng.standard_normal((m, k)), x_dtype)
         bias = jnp.asarray(rng.standard_normal(n), jnp.float32)
         y = run(x, CpuStore.pack(weight), bias)
@@ -105,7 +91,7 @@ def test_act_order_unequal_and_empty_groups(kernel, bits):
         rng.permutation(np.arange(k) // 52),
         rng.choice([0, 1, 3, 4], k, p=[0.7, 0.2, 0.09, 0.01]),
     ):
-        weight = make_weight(rng, k, n, bits, 52, g_idx, 5)
+        weight = random_weight(rng, k, n, bits=bits, group_size=52, g_idx=g_idx)[0]
         store = CpuStore.pack(weight)
         for m in (2, 9):
             x = rng.standard_normal((m, k)).astype(np.float32)
@@ -118,7 +104,7 @@ def test_act_order_unequal_and_empty_groups(kernel, bits):
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
 def test_scale_dtypes(kernel, dtype):
     rng = np.random.default_rng(0)
-    weight = make_weight(rng, 256, 40, 4, 64, dtype=dtype)
+    weight = random_weight(rng, 256, 40, group_size=64, scale_dtype=dtype)[0]
     x = rng.standard_normal((5, 256)).astype(np.float32)
     assert error(run(x, CpuStore.pack(weight)), x @ dense(weight)) < 1e-6
 
@@ -127,7 +113,7 @@ def test_every_kernel_gives_the_same_bits():
     rng = np.random.default_rng(3)
     module = ffi.load("cpu")
     for bits in (2, 3, 4, 8):
-        store = CpuStore.pack(make_weight(rng, 288, 66, bits, 96))
+        store = CpuStore.pack(random_weight(rng, 288, 66, bits=bits, group_size=96)[0])
         for m in (1, 6, 13):
             x = jnp.asarray(rng.standard_normal((m, 288)), jnp.float32)
             outputs = []
@@ -144,7 +130,7 @@ def test_every_kernel_gives_the_same_bits():
 def test_rows_do_not_depend_on_the_batch(kernel, bits, activations, x_dtype):
     """At every M: few rows and many rows take different paths to the same integers."""
     rng = np.random.default_rng(4)
-    store = CpuStore.pack(make_weight(rng, 256, 40, bits, 64))
+    store = CpuStore.pack(random_weight(rng, 256, 40, bits=bits, group_size=64)[0])
     x = rng.standard_normal((71, 256)).astype(np.float32)
     x[5, 3] = 1e4  # an outlier, by f32 FMA
     x[66, 0] = np.nan
@@ -170,7 +156,7 @@ def bound(x, weight):
 def test_fixed_point_bound_holds_for_every_output(kind, bits):
     rng = np.random.default_rng(bits)
     k, n = 4096, 64
-    weight = make_weight(rng, k, n, bits, 32)
+    weight = random_weight(rng, k, n, bits=bits, group_size=32)[0]
     x = rng.standard_normal((3, k)).astype(np.float32)
     if kind == "heavy tails":
         x = x * np.abs(x) * rng.standard_normal((3, k)).astype(np.float32)
@@ -199,7 +185,7 @@ def test_fixed_point_bound_holds_for_every_output(kind, bits):
 def test_integers_and_powers_of_two_are_exact(kernel, bits):
     rng = np.random.default_rng(bits)
     k, n = 160, 40
-    weight = make_weight(rng, k, n, bits, 80)
+    weight = random_weight(rng, k, n, bits=bits, group_size=80)[0]
     scales = np.exp2(rng.integers(-6, 3, weight.scales.shape)).astype(np.float16)
     weight = dataclasses.replace(weight, scales=jnp.asarray(scales))
     store = CpuStore.pack(weight)
@@ -236,7 +222,7 @@ def test_outliers_leave_fixed_point(kernel):
     """A huge element next to small ones: columns that ignore it must not lose the small ones."""
     rng = np.random.default_rng(7)
     k, n = 256, 40
-    weight = make_weight(rng, k, n, 4, 128)
+    weight = random_weight(rng, k, n)[0]
     codes = np.asarray(unpack_codes(weight.qweight, 4, k)).copy()
     codes[17] = np.asarray(weight.qzeros)[0]  # W is zero where the outlier is
     weight = dataclasses.replace(weight, qweight=pack_codes(jnp.asarray(codes), 4))
@@ -252,7 +238,7 @@ def test_outliers_leave_fixed_point(kernel):
 @pytest.mark.parametrize("m", [1, 12])
 def test_non_finite_rows_stay_in_their_row(kernel, value, m):
     rng = np.random.default_rng(8)
-    weight = make_weight(rng, 128, 40, 4, 64)
+    weight = random_weight(rng, 128, 40, group_size=64)[0]
     x = rng.standard_normal((m, 128)).astype(np.float32)
     clean = np.asarray(run(x, CpuStore.pack(weight)))
     x[0, 77] = value
@@ -268,7 +254,7 @@ def test_non_finite_rows_stay_in_their_row(kernel, value, m):
 @pytest.mark.parametrize("scale", [1e-20, 1e-34, 1e30])
 def test_tiny_and_huge_rows(kernel, scale):
     rng = np.random.default_rng(9)
-    weight = make_weight(rng, 128, 40, 4, 64, dtype=np.float32)
+    weight = random_weight(rng, 128, 40, group_size=64, scale_dtype=np.float32)[0]
     x = (rng.standard_normal((9, 128)) * scale).astype(np.float32)
     x[3] = 0
     y = run(x, CpuStore.pack(weight))
@@ -277,7 +263,7 @@ def test_tiny_and_huge_rows(kernel, scale):
 
 
 def test_denormals_are_kept_or_flushed_not_garbled():
-    weight = make_weight(np.random.default_rng(1), 64, 32, 4, 64)
+    weight = random_weight(np.random.default_rng(1), 64, 32, group_size=64)[0]
     x = np.full((2, 64), 1e-42, np.float32)
     y = np.asarray(run(x, CpuStore.pack(weight)), np.float64)
     assert (np.abs(y) <= np.abs(x.astype(np.float64)) @ np.abs(dense(weight)) * 1.01).all()
@@ -286,7 +272,7 @@ def test_denormals_are_kept_or_flushed_not_garbled():
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 def test_int8_activations_are_opt_in_and_coarse(kernel, x_dtype):
     rng = np.random.default_rng(10)
-    weight = make_weight(rng, 1024, 96, 4, 128)
+    weight = random_weight(rng, 1024, 96)[0]
     x = jnp.asarray(rng.standard_normal((9, 1024)), x_dtype)
     store = CpuStore.pack(weight)
     expected = np.asarray(x, np.float64) @ dense(weight)
@@ -296,7 +282,7 @@ def test_int8_activations_are_opt_in_and_coarse(kernel, x_dtype):
 
 def test_bfloat16_adds_less_than_an_eighth_of_its_rounding():
     rng = np.random.default_rng(11)
-    weight = make_weight(rng, 2048, 256, 4, 128)
+    weight = random_weight(rng, 2048, 256)[0]
     x = jnp.asarray(rng.standard_normal((16, 2048)), jnp.bfloat16)
     exact = np.asarray(x, np.float64) @ dense(weight)
     rounding = error(jnp.asarray(exact, jnp.bfloat16), exact)
@@ -304,7 +290,7 @@ def test_bfloat16_adds_less_than_an_eighth_of_its_rounding():
 
 
 def test_zero_rows_and_single_elements(kernel):
-    weight = make_weight(np.random.default_rng(0), 1, 1, 4, 128)
+    weight = random_weight(np.random.default_rng(0), 1, 1)[0]
     store = CpuStore.pack(weight)
     assert run(jnp.zeros((0, 1)), store).shape == (0, 1)
     y = run(jnp.full((1, 1), 2.0), store)
@@ -313,7 +299,9 @@ def test_zero_rows_and_single_elements(kernel):
 
 def test_under_jit_vmap_scan_grad_and_export():
     rng = np.random.default_rng(12)
-    weights = [make_weight(rng, 96, 96, 4, 32, rng.permutation(np.arange(96) // 32), 3)] * 2
+    weights = [
+        random_weight(rng, 96, 96, group_size=32, g_idx=rng.permutation(np.arange(96) // 32))[0]
+    ] * 2
     stores = [CpuStore.pack(w) for w in weights]
     x = rng.standard_normal((2, 3, 96)).astype(np.float32)
     expected = x @ dense(weights[0])
@@ -341,7 +329,7 @@ def test_under_shard_map():
         (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:1]
     )
     rng = np.random.default_rng(13)
-    weight = make_weight(rng, 64, 48, 4, 32)
+    weight = random_weight(rng, 64, 48, group_size=32)[0]
     x = rng.standard_normal((4, 64)).astype(np.float32)
     sharded = jax.shard_map(
         lambda x, s: jax_gptq.gptq_matmul(x, s, "cpu"),
@@ -355,7 +343,7 @@ def test_under_shard_map():
 def test_memory_that_outputs_are_written_to_is_not_read():
     """Every output is written: a donated buffer full of NaN leaves nothing behind."""
     rng = np.random.default_rng(14)
-    weight = make_weight(rng, 64, 70, 4, 32)
+    weight = random_weight(rng, 64, 70, group_size=32)[0]
     store = CpuStore.pack(weight)
     x = rng.standard_normal((5, 64)).astype(np.float32)
     call = jax.jit(lambda old, x: run(x, store) + 0 * jnp.isnan(old), donate_argnums=0)
@@ -371,9 +359,10 @@ os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]} if %(pinned)r else
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax_gptq.stores.cpu import CpuStore
 sys.path.insert(0, %(tests)r)
-from test_cpu_kernel import make_weight, run
+from oracle import random_weight
+from test_cpu_kernel import run
 rng = np.random.default_rng(0)
-stores = [CpuStore.pack(make_weight(rng, 256, 256, 4, 64)) for _ in range(16)]
+stores = [CpuStore.pack(random_weight(rng, 256, 256, group_size=64)[0]) for _ in range(16)]
 x = jnp.asarray(rng.standard_normal((20, 256)), jnp.float32)
 independent = jax.jit(lambda x, stores: [run(x, s) for s in stores])
 for _ in range(20):
@@ -403,7 +392,7 @@ def test_independent_calls_on_one_thread_finish_and_agree_with_many():
 
 
 def test_the_handler_refuses_what_does_not_fit():
-    store = CpuStore.pack(make_weight(np.random.default_rng(0), 64, 32, 4, 32))
+    store = CpuStore.pack(random_weight(np.random.default_rng(0), 64, 32, group_size=32)[0])
     broken = dataclasses.replace(store, tiles=store.tiles[:, :1])
     with pytest.raises(Exception, match="chunks"):
         jax.block_until_ready(run(jnp.ones((1, 64)), broken))

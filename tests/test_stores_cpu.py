@@ -1,34 +1,16 @@
 """The `cpu` layout: an exact bijection for every bit width, group structure and shape."""
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import assert_same_weight
+from oracle import assert_same_weight, random_weight
 
 from jax_gptq.errors import LayoutError
 from jax_gptq.packing import pack_codes
 from jax_gptq.stores.cpu import CpuStore
-from jax_gptq.weight import GptqWeight
-
-
-def random_weight(seed, k, n, bits, group_size, g_idx=None, groups=None, dtype=np.float16):
-    rng = np.random.default_rng(seed)
-    groups = groups or -(-k // group_size)
-    codes = rng.integers(0, 2**bits, (k, n), dtype=np.uint8)
-    return GptqWeight(
-        pack_codes(jnp.asarray(codes), bits),
-        jnp.asarray(rng.uniform(1e-3, 1e-2, (groups, n)), dtype),
-        jnp.asarray(rng.integers(0, 2**bits, (groups, n), dtype=np.uint8)),
-        None if g_idx is None else jnp.asarray(g_idx, jnp.int32),
-        bits,
-        group_size,
-        k,
-        n,
-    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
@@ -37,7 +19,9 @@ def random_weight(seed, k, n, bits, group_size, g_idx=None, groups=None, dtype=n
     [(128, 64, 32), (320, 33, 128), (100, 1, 100), (96, 70, 24), (7, 5, 128), (64, 31, 8)],
 )
 def test_unpack_inverts_pack(bits, k, n, group_size):
-    weight = random_weight(bits * 1000 + k + n, k, n, bits, group_size)
+    weight = random_weight(
+        np.random.default_rng(bits * 1000 + k + n), k, n, bits=bits, group_size=group_size
+    )[0]
     store = CpuStore.pack(weight)
     assert store.perm is None
     assert_same_weight(jax.jit(CpuStore.unpack)(store), weight)
@@ -55,7 +39,9 @@ def test_any_g_idx(bits, kind):
     else:
         g_idx = rng.choice(groups, k, p=[0.5, 0.3, 0.1, 0.08, 0.02])
         g_idx = np.sort(g_idx) if kind == "sorted unequal" else g_idx
-    weight = random_weight(bits, k, n, bits, 48, g_idx, groups)
+    weight = random_weight(
+        np.random.default_rng(bits), k, n, bits=bits, group_size=48, g_idx=g_idx
+    )[0]
     store = CpuStore.pack(weight)
     assert_same_weight(jax.jit(CpuStore.unpack)(store), weight)
     np.testing.assert_array_equal(np.sort(g_idx), g_idx[np.asarray(store.perm)])
@@ -63,14 +49,17 @@ def test_any_g_idx(bits, kind):
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
 def test_scales_keep_their_dtype(dtype):
-    weight = random_weight(0, 64, 48, 4, 32, dtype=dtype)
+    weight = random_weight(np.random.default_rng(0), 64, 48, group_size=32, scale_dtype=dtype)[0]
     store = CpuStore.pack(weight)
     assert store.scales.dtype == dtype
     assert_same_weight(store.unpack(), weight)
 
 
 def test_unpack_works_on_shapes_and_stacks():
-    stores = [CpuStore.pack(random_weight(s, 96, 40, 4, 32)) for s in range(3)]
+    stores = [
+        CpuStore.pack(random_weight(np.random.default_rng(s), 96, 40, group_size=32)[0])
+        for s in range(3)
+    ]
     shapes = jax.eval_shape(CpuStore.unpack, stores[0])
     assert shapes.qweight.shape == (12, 40) and shapes.g_idx is None
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stores)
@@ -81,7 +70,7 @@ def test_unpack_works_on_shapes_and_stacks():
 def test_tile_words_are_what_the_docstring_draws():
     codes = np.zeros((64, 33), np.uint8)
     codes[32 + 13, 32] = 9  # chunk 1, row 13 = 8 * 1 + 4 + 1: word 1, byte 1, high nibble
-    weight = random_weight(0, 64, 33, 4, 64)
+    weight = random_weight(np.random.default_rng(0), 64, 33, group_size=64)[0]
     weight = dataclasses.replace(weight, qweight=pack_codes(jnp.asarray(codes), 4))
     tiles = np.asarray(CpuStore.pack(weight).tiles)
     assert tiles.shape == (2, 2, 4, 32)
@@ -89,30 +78,30 @@ def test_tile_words_are_what_the_docstring_draws():
 
 
 def test_packed_bytes_are_those_of_the_codes():
-    store = CpuStore.pack(random_weight(0, 1024, 256, 4, 128))
+    store = CpuStore.pack(random_weight(np.random.default_rng(0), 1024, 256)[0])
     assert store.tiles.nbytes == 1024 * 256 // 2
-    store = CpuStore.pack(random_weight(0, 1024, 256, 3, 128))
+    store = CpuStore.pack(random_weight(np.random.default_rng(0), 1024, 256, bits=3)[0])
     assert store.tiles.nbytes == 1024 * 256 * 3 // 8
 
 
 def test_groups_that_are_too_small_are_refused_in_words():
-    assert CpuStore.unsupported(random_weight(0, 128, 8, 4, 8)) is None
-    weight = random_weight(0, 128, 8, 4, 4)
+    assert (
+        CpuStore.unsupported(random_weight(np.random.default_rng(0), 128, 8, group_size=8)[0])
+        is None
+    )
+    weight = random_weight(np.random.default_rng(0), 128, 8, group_size=4)[0]
     assert "too small" in CpuStore.unsupported(weight)
     with pytest.raises(LayoutError, match="too small"):
         CpuStore.pack(weight)
 
 
-def test_packing_a_large_layer_is_fast_and_small():
+def test_packing_a_large_layer_needs_little_memory():
     import tracemalloc
 
-    weight = random_weight(0, 4096, 4096, 4, 128)
+    weight = random_weight(np.random.default_rng(0), 4096, 4096)[0]
     jax.block_until_ready(weight)
     tracemalloc.start()
-    begin = time.perf_counter()
     store = CpuStore.pack(weight)
-    seconds = time.perf_counter() - begin
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert seconds < 2
     assert peak < store.tiles.nbytes + 8 * (1 << 23)
