@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_gptq import host
 from jax_gptq.checkpoint import open_checkpoint
 from jax_gptq.errors import MissingTensorError, ModelError, ShapeError
 from jax_gptq.linear import GptqLinear
@@ -182,7 +184,9 @@ class _Reader:
         for child, value in _params(module):
             tensor = self.tensor(f"{name}.{child}", value.shape)
             dtype = self.dtype if isinstance(module, Embedding) else tensor.dtype
-            setattr(module, child, nnx.Param(jnp.array(tensor, dtype)))
+            values = host.empty(tensor.shape, dtype)
+            values[...] = tensor
+            setattr(module, child, nnx.Param(jax.device_put(values)))
 
     def fill_linear(self, name: str, layer: nnx.Linear) -> None:
         """A float layer; a bias that only the files know of is kept."""

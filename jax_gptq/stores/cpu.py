@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jax_gptq import ffi
+from jax_gptq import ffi, host
 from jax_gptq.errors import LayoutError
 from jax_gptq.packing import pack_codes, unpack_codes_on_host
 from jax_gptq.pytree import register_pytree, static_field
@@ -107,14 +107,14 @@ class CpuStore:
         rows = np.full(chunks * CHUNK_ROWS, k, np.int32)  # row k is the padding
         rows[slots] = np.arange(k) if perm is None else perm
 
-        tiles = np.empty((_tiles(n), chunks, _words(weight.bits), TILE_COLUMNS), np.uint32)
+        tiles = host.empty((_tiles(n), chunks, _words(weight.bits), TILE_COLUMNS), np.uint32)
         qweight = np.asarray(weight.qweight)
         slab = max(1, _SLAB_CODES // (len(rows) * TILE_COLUMNS))
         for first in range(0, len(tiles), slab):
             words = qweight[:, first * TILE_COLUMNS : (first + slab) * TILE_COLUMNS]
             tiles[first : first + slab] = _pack_tiles(words, weight.bits, rows, k)
         return cls(
-            jnp.asarray(tiles),
+            jax.device_put(tiles),
             jnp.asarray(by_tile(np.asarray(weight.scales), TILE_COLUMNS)),
             jnp.asarray(by_tile(np.asarray(weight.qzeros), TILE_COLUMNS)),
             None if perm is None else jnp.asarray(perm),
@@ -182,8 +182,8 @@ class CpuStore:
         (relative error about 5e-3).
 
         The result does not depend on the number of rows or threads: row i of a batch has the same
-        bits as row i alone, at every M (from 8 rows on codes are widened once for all rows, to the
-        same integers).
+        bits as row i alone, at every M (from some number of rows on, 24 with AVX-512, codes are
+        widened once for all rows, to the same integers).
         """
         del backend  # There is one.
         empty = jnp.zeros(0, jnp.int32)

@@ -1,0 +1,20 @@
+"""Large arrays made on the host, in memory that JAX takes over and that a CPU reads fast."""
+
+import math
+
+import numpy as np
+from jax.typing import DTypeLike
+
+_ALIGNMENT = 64  # what JAX asks of memory that it is to use as it is
+
+
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An uninitialised array that `jax.device_put` does not copy on a CPU.
+
+    NumPy asks the system for huge pages (where it has them), JAX does not. A weight is read once
+    per token, and from huge pages it comes in faster: `xla_ffi/docs/cpu_notes.md`.
+    """
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(count + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + count].view(dtype).reshape(shape)
