@@ -1,6 +1,7 @@
 """GPTQ: from float layers and calibration data to quantized ones.
 
-`gptq`, `rtn` and `Hessian` work on arrays; `quantize_model` needs flax and loads on first use.
+`gptq`, `rtn` and `Hessian` work on arrays; `quantize_model` (the decoders of `jax_gptq.models` and
+any NNX module) and `quantize_linen` need flax and load on first use.
 """
 
 from typing import Any
@@ -10,12 +11,24 @@ from jax_gptq.quantize.hessian import Hessian
 from jax_gptq.quantize.layer import gptq, rtn
 from jax_gptq.quantize.report import Report
 
-__all__ = ["Hessian", "QuantizeConfig", "Report", "gptq", "quantize_model", "rtn"]
+__all__ = [
+    "Hessian",
+    "QuantizeConfig",
+    "Report",
+    "gptq",
+    "quantize_linen",
+    "quantize_model",
+    "rtn",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "quantize_model":
-        raise AttributeError(f"module 'jax_gptq.quantize' has no attribute {name!r}")
-    from jax_gptq.quantize.model import quantize_model
+    if name == "quantize_model":
+        from jax_gptq.quantize.model import quantize_model
 
-    return quantize_model
+        return quantize_model
+    if name == "quantize_linen":
+        from jax_gptq.quantize.linen import quantize_linen
+
+        return quantize_linen
+    raise AttributeError(f"module 'jax_gptq.quantize' has no attribute {name!r}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-Path = tuple[Any, ...]
+from jax_gptq.quantize.run import Path
 
 
 class _Recorder:
@@ -73,34 +73,43 @@ def _calls(module, paths, arguments) -> list[tuple[Path, Array]]:
 
 
 def layer_inputs(module: nnx.Module, path: Path, arguments: tuple) -> list[Array]:
-    """Everything that the layer is called with, [rows, K] each; for use while tracing."""
-    return [x.reshape(-1, x.shape[-1]) for _, x in _calls(module, [path], arguments)]
+    """Everything that the layer is called with; for use while tracing."""
+    return [x for _, x in _calls(module, [path], arguments)]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "path"))
 def input_moments(graph, state, path: Path, arguments: tuple) -> tuple[Array, Array, Array]:
-    """sum x x^T f32 [K, K] over a layer's inputs x; its rows; and how many elements are not finite.
-
-    Nothing behind the layer is computed.
-    """
-    x = jnp.concatenate(layer_inputs(nnx.merge(graph, state), path, arguments))
-    x = x.astype(jnp.float32)
-    return _product(x, x), jnp.array(x.shape[0]), jnp.sum(~jnp.isfinite(x))
+    """`moments` of a layer's inputs. Nothing behind the layer is computed."""
+    return moments(layer_inputs(nnx.merge(graph, state), path, arguments))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "path"))
 def cross_moment(graph, state, float_state, path: Path, arguments: tuple, float_arguments: tuple):
-    """sum x (x' - x)^T f32 [K, K], where x' is the input with `float_state`, for GPTAQ."""
-    x = jnp.concatenate(layer_inputs(nnx.merge(graph, state), path, arguments))
-    wanted = jnp.concatenate(layer_inputs(nnx.merge(graph, float_state), path, float_arguments))
-    x, wanted = x.astype(jnp.float32), wanted.astype(jnp.float32)
-    return _product(x, wanted - x)
+    """`cross` of a layer's inputs and of those with `float_state`."""
+    x = layer_inputs(nnx.merge(graph, state), path, arguments)
+    return cross(x, layer_inputs(nnx.merge(graph, float_state), path, float_arguments))
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def call(graph, state, arguments: tuple):
     """The module on its arguments."""
     return nnx.merge(graph, state)(*arguments)
+
+
+def moments(inputs: list[Array]) -> tuple[Array, Array, Array]:
+    """sum x x^T f32 [K, K] over inputs [..., K]; their rows; how many elements are not finite."""
+    x = _rows(inputs)
+    return _product(x, x), jnp.array(x.shape[0]), jnp.sum(~jnp.isfinite(x))
+
+
+def cross(inputs: list[Array], wanted: list[Array]) -> Array:
+    """sum x (x' - x)^T f32 [K, K] over inputs x and those of the float model x', for GPTAQ."""
+    x = _rows(inputs)
+    return _product(x, _rows(wanted) - x)
+
+
+def _rows(inputs: list[Array]) -> Array:
+    return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in inputs]).astype(jnp.float32)
 
 
 def _product(x: Array, y: Array) -> Array:
