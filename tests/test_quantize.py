@@ -1,12 +1,18 @@
 """`gptq` on arrays: against plain GPTQ in float64, and what it must refuse or say."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_gptq
 from jax_gptq.errors import BitsError, QuantizationError, ShapeError
-from jax_gptq.quantize import Hessian, gptq, rtn
+from jax_gptq.quantize import Hessian, factoring, gptq, rtn
+from jax_gptq.quantize import layer as layer_module
+from jax_gptq.quantize.descent import descend
+from jax_gptq.quantize.solution import Solution
+from jax_gptq.quantize.solver import solve
+from jax_gptq.quantize.spec import Spec
 
 
 def layer(seed: int, k: int, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -213,6 +219,25 @@ def test_dead_features_singular_and_zero_hessians_are_reported():
     weight, report = gptq(W, 0 * H, group_size=32)
     assert "H is zero" in report.notes[0]
     np.testing.assert_array_equal(weight.qweight, rtn(W, group_size=32).qweight)
+
+
+def test_no_step_holds_another_copy_of_the_hessian():
+    size, columns = 4096, 32
+    spec = Spec(4, 128, True, 0.0, "float16", 128, False)
+    H = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    W = jax.ShapeDtypeStruct((size, columns), jnp.float32)
+    rows = jax.ShapeDtypeStruct((size,), jnp.int32)
+    codes = jax.ShapeDtypeStruct((size, columns), jnp.uint8)
+    grid = jax.ShapeDtypeStruct((size // 128, columns), jnp.float32)
+    for step in (
+        layer_module._hessian_facts.lower(H),
+        factoring._damped.lower(H, rows, 0.01, size=size),
+        factoring._cholesky.lower(H),  # in the place of its argument
+        solve.lower(W, H, rows, spec=spec),
+        descend.lower(W, H, rows, Solution(codes, grid, grid), spec=spec, sweeps=1),
+    ):
+        held = step.compile().memory_analysis().temp_size_in_bytes
+        assert held < 0.5 * H.size * H.dtype.itemsize
 
 
 def test_refusals_name_the_layer_and_the_cause():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_gptq.checkpoint import open_checkpoint
-from jax_gptq.errors import MissingFileError, QuantizationError
+from jax_gptq.errors import QuantizationError
 from jax_gptq.quantize.config import QuantizeConfig
 from jax_gptq.quantize.report import Report
 
@@ -51,15 +51,17 @@ def run(args: argparse.Namespace) -> int:
     All is written to `OUT_DIR.partial`, which a killed run is resumed from, and renamed at the end.
 
     Raises:
-      MissingFileError: no such text.
+      MissingFileError, ModelError: no such text, or it is not UTF-8.
       QuantizationError: OUT_DIR exists, or the text is too short.
     """
     from jax_gptq.models import linears, load
+    from jax_gptq.models.tokenizer import read_text
     from jax_gptq.quantize.model import quantize_model
     from jax_gptq.quantize.save import save_checkpoint
 
     if args.out.exists():
         raise QuantizationError(f"{args.out}: expected a folder that is not there yet, found one")
+    text = read_text(args.data)
     config = QuantizeConfig(
         bits=args.bits,
         group_size=args.group_size,
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"reading {args.model} ...", file=sys.stderr, flush=True)
     model = load(args.model, dtype=jnp.dtype(args.dtype))
-    batches = _batches(args, model.config.max_positions)
+    batches = _batches(args, text, model.config.max_positions)
     partial = args.out.with_name(args.out.name + ".partial")
     progress = _Progress(len(linears(model)))
     quantized = quantize_model(
@@ -103,15 +105,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _batches(args: argparse.Namespace, max_positions: int | None) -> list[np.ndarray]:
+def _batches(args: argparse.Namespace, text: str, max_positions: int | None) -> list[np.ndarray]:
     """Evenly spaced windows of the text: int32 [batch, context] each."""
     from jax_gptq.models.tokenizer import Tokenizer
 
-    if not args.data.is_file():
-        raise MissingFileError(f"{args.data}: expected a text file, found no such file")
-    tokens = np.asarray(
-        Tokenizer(args.model).encode(args.data.read_text(encoding="utf-8")), np.int32
-    )
+    tokens = np.asarray(Tokenizer(args.model).encode(text), np.int32)
     context = args.context or min(max_positions or 2048, 2048)
     if args.samples < 1 or args.batch_size < 1 or context < 1:
         raise QuantizationError("--samples, --batch-size and --context must be at least 1")
@@ -125,6 +123,7 @@ def _batches(args: argparse.Namespace, max_positions: int | None) -> list[np.nda
     windows = windows[np.linspace(0, len(windows) - 1, count).astype(int)]
     whole = max(count // args.batch_size, 1)  # equal batches compile once; a remainder is left out
     size = min(args.batch_size, count)
+    print(f"calibrating on {whole * size} windows of {context} tokens", file=sys.stderr, flush=True)
     return list(windows[: whole * size].reshape(whole, size, context))
 
 

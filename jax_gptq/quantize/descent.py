@@ -20,13 +20,15 @@ from jax_gptq.quantize.spec import Spec, padded, sub_block
 
 @functools.partial(jax.jit, static_argnames=("spec", "sweeps"))
 def descend(
-    W: Array, H: Array, solution: Solution, spec: Spec, sweeps: int
+    W: Array, H: Array, order: Array | None, solution: Solution, spec: Spec, sweeps: int
 ) -> tuple[Solution, Array]:
     """Lower e^T H e of every column.
 
     Args:
       W: f32 [K, N], in an order in which the groups are consecutive.
-      H: f32 [K, K], symmetric, in that order, not damped.
+      H: f32 [K, K], symmetric, not damped, in natural order.
+      order: int32 [K], the rows of H in the order of W; None: that of H. Rows are gathered as they
+        are needed, so that H is held once.
       solution: in that order.
       spec: of the solve; `static_groups` is not looked at.
       sweeps: passes over all rows; 0 only measures.
@@ -44,6 +46,9 @@ def descend(
     all_groups = -(-size // spec.group_size)
     # H knows nothing of padding rows, so that their errors, whatever they are, count for nothing.
     H = jnp.pad(H, ((0, pad), (0, pad)))
+    if order is not None:
+        order = jnp.concatenate([order, jnp.arange(count, size)])
+    rows_of = functools.partial(_rows_of, H, order)
     codes = jnp.pad(codes, ((0, pad), (0, 0)))
     scales = jnp.pad(scales, ((0, all_groups - groups), (0, 0)), constant_values=1)
     zeros = jnp.pad(zeros, ((0, all_groups - groups), (0, 0)))
@@ -51,14 +56,20 @@ def descend(
     errors = jnp.pad(W, ((0, pad), (0, 0))) - dequantize_codes(codes, row_scales, row_zeros)
 
     def sweep(_, state):
-        step = functools.partial(_span_step, H, spec, span, unit)
+        step = functools.partial(_span_step, rows_of, spec, span, unit)
         state = fori_loop(0, size // span, step, state)
         if spec.group_size > span:  # a group of several spans: its grid is refitted as a whole
-            state = fori_loop(0, groups, functools.partial(_group_step, H, spec), state)
+            state = fori_loop(0, groups, functools.partial(_group_step, rows_of, spec), state)
         return state
 
     errors, codes, scales, zeros = fori_loop(0, sweeps, sweep, (errors, codes, scales, zeros))
-    return Solution(codes[:count], scales[:groups], zeros[:groups]), _loss(H, errors)
+    return Solution(codes[:count], scales[:groups], zeros[:groups]), _loss(rows_of, errors)
+
+
+def _rows_of(H: Array, order: Array | None, start: Array | int, rows: int) -> Array:
+    if order is None:
+        return dynamic_slice_in_dim(H, start, rows)
+    return H[dynamic_slice_in_dim(order, start, rows)][:, order]
 
 
 def _span(spec: Spec, groups: int) -> int:
@@ -72,10 +83,10 @@ def _span(spec: Spec, groups: int) -> int:
     return divisor if divisor >= 16 else size
 
 
-def _span_step(H, spec, span, unit, i, state):
+def _span_step(rows_of, spec, span, unit, i, state):
     errors, codes, scales, zeros = state
     start = i * span
-    coupling = dynamic_slice_in_dim(H, start, span)
+    coupling = rows_of(start, span)
     gradient = _matmul(coupling, errors)
     coupling = dynamic_slice_in_dim(coupling, start, span, axis=1)
     whole_groups = spec.group_size <= span
@@ -107,12 +118,12 @@ def _span_step(H, spec, span, unit, i, state):
     return dynamic_update_slice_in_dim(errors, own_errors, start, 0), codes, scales, zeros
 
 
-def _group_step(H, spec, group, state):
+def _group_step(rows_of, spec, group, state):
     """Refit the grid of one large group."""
     errors, codes, scales, zeros = state
     size = spec.group_size
     start = group * size
-    rows = dynamic_slice_in_dim(H, start, size)
+    rows = rows_of(start, size)
     own_codes = dynamic_slice_in_dim(codes, start, size)
     grid, change = _regrid(
         dynamic_slice_in_dim(rows, start, size, axis=1),
@@ -198,16 +209,14 @@ def _regrid(own, gradient, codes, scale, zero, spec):
     return (scale, zero + moved), change + (scale * moved)[None, :]
 
 
-def _loss(H: Array, errors: Array) -> Array:
+def _loss(rows_of, errors: Array) -> Array:
     """e^T H e per column, in blocks of rows, so that H e is never held whole."""
-    size = H.shape[0]
+    size = errors.shape[0]
     rows = next(b for b in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if size % b == 0)
 
     def add(i, loss):
         own = dynamic_slice_in_dim(errors, i * rows, rows)
-        return loss + jnp.sum(
-            own * _matmul(dynamic_slice_in_dim(H, i * rows, rows), errors), axis=0
-        )
+        return loss + jnp.sum(own * _matmul(rows_of(i * rows, rows), errors), axis=0)
 
     return fori_loop(0, size // rows, add, jnp.zeros((errors.shape[1],)))
 

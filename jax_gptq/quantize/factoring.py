@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_gptq.errors import QuantizationError
+from jax_gptq.quantize.layout import part
+
+_PANEL = 512  # columns that are factored at once
 
 
 def factor(H: Array, rows: Array, size: int, damp: float, damp_step: float, where: str):
@@ -30,7 +33,8 @@ def factor(H: Array, rows: Array, size: int, damp: float, damp_step: float, wher
     """
     used = damp
     while True:
-        L, added = _cholesky(H, rows, used, size)
+        damped, added = _damped(H, rows, used, size)
+        L = _cholesky(damped)
         if math.isfinite(float(jnp.sum(jnp.diagonal(L)))):
             return L, used, float(added)
         if used >= 1:
@@ -43,12 +47,34 @@ def factor(H: Array, rows: Array, size: int, damp: float, damp_step: float, wher
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _cholesky(H: Array, rows: Array, damp: float, size: int) -> tuple[Array, Array]:
+def _damped(H: Array, rows: Array, damp: float, size: int) -> tuple[Array, Array]:
     pad = size - rows.shape[0]
     diagonal = jnp.diagonal(H)
     dead = diagonal == 0
     added = damp * jnp.mean(jnp.where(dead, 1.0, diagonal))
     ordered = jnp.pad(H[rows[:, None], rows[None, :]], ((pad, 0), (pad, 0)))
     ones = jnp.ones((pad,), H.dtype)
-    ordered += jnp.diag(jnp.concatenate([ones, (jnp.where(dead, 1.0, 0.0) + added)[rows]]))
-    return jax.lax.linalg.cholesky(ordered, symmetrize_input=False), added
+    every = jnp.arange(size)
+    ordered = ordered.at[every, every].add(
+        jnp.concatenate([ones, (jnp.where(dead, 1.0, 0.0) + added)[rows]])
+    )
+    return ordered, added
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _cholesky(A: Array) -> Array:
+    """Panel of columns after panel, in the place of A: one call for all would hold it thrice."""
+    size = A.shape[0]
+    for start in range(0, size, _PANEL):
+        stop = min(start + _PANEL, size)
+        panel = A[start:, start:stop] - jnp.matmul(
+            A[start:, :start], A[start:stop, :start].T, precision=jax.lax.Precision.HIGHEST
+        )
+        panel = part(panel)
+        top = jax.lax.linalg.cholesky(panel[: stop - start], symmetrize_input=False)
+        below = jax.lax.linalg.triangular_solve(
+            top, panel[stop - start :], lower=True, transpose_a=True
+        )
+        zeros = jnp.zeros((start, stop - start), A.dtype)
+        A = A.at[:, start:stop].set(part(jnp.concatenate([zeros, top, below])))
+    return A

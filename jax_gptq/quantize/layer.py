@@ -6,11 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.lax import dynamic_slice_in_dim, fori_loop
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_gptq.errors import BitsError, QuantizationError, ShapeError
 from jax_gptq.quantize.asymmetric import asymmetric_target
 from jax_gptq.quantize.factoring import factor
+from jax_gptq.quantize.layout import part
 from jax_gptq.quantize.order import act_order, group_aware_order
 from jax_gptq.quantize.panels import packed, panel_width
 from jax_gptq.quantize.refine import refine as refine_columns
@@ -123,7 +125,6 @@ def gptq(
 
     # Act-order makes groups of its own; all other groups are consecutive rows of W.
     own_groups = desc_act and not spec.static_groups
-    H_grouped = _permuted(H, order) if own_groups and refine else H
     fixed_spec = dataclasses.replace(spec, static_groups=True, block_size=spec.span)
     row_group = (jnp.arange(count)[::-1] if own_groups else rows) // spec.group_size
 
@@ -140,7 +141,8 @@ def gptq(
         if refine:
             solution, before, after = refine_columns(
                 w[order] if own_groups else w,
-                H_grouped,
+                H,
+                order if own_groups else None,
                 solution,
                 lambda *grids, w=w: grouped(
                     solve_on_grids(w, L, rows, row_group, grids, fixed_spec), True
@@ -177,9 +179,6 @@ def rtn(
     W = _checked_weight(W, where)
     spec = _checked_spec(where, W.shape[0], bits, group_size, sym, mse, 1, True, scale_dtype)
     return packed([nearest(W, spec)], None, W.shape[1], spec)
-
-
-_permuted = jax.jit(lambda H, order: H[order[:, None], order[None, :]])
 
 
 def _order(diagonal: Array, desc_act: bool, act_group_aware: bool, group_size: int) -> Array:
@@ -223,7 +222,7 @@ def _checked_weight(W: ArrayLike, where: str) -> Array:
     W = jnp.asarray(W, jnp.float32)
     if W.ndim != 2 or 0 in W.shape:
         raise ShapeError(f"{where}W: expected [in_features, out_features], found shape {W.shape}")
-    bad = int(jnp.sum(~jnp.isfinite(W)))
+    bad = int(_non_finite(W))
     if bad:
         raise QuantizationError(f"{where}W: expected finite weights, found {bad} that are not")
     return W
@@ -255,12 +254,26 @@ def _checked_hessian(H: ArrayLike, count: int, where: str) -> Array:
 
 
 @jax.jit
+def _non_finite(x: Array) -> Array:
+    """How many elements are not; row by row, as all at once would hold another x of integers."""
+    return jnp.sum(jax.lax.map(lambda row: jnp.sum(~jnp.isfinite(row)), x, batch_size=64))
+
+
+@jax.jit
 def _hessian_facts(H: Array) -> tuple[Array, Array, Array, Array]:
     """Non-finite elements, largest |H - H^T|, largest and smallest element of the diagonal."""
     diagonal = jnp.diagonal(H)
+    size = H.shape[0]
+    rows = min(size, 64)  # at a time: H - H.T would be another two of H
+
+    def compare(i, largest):
+        own = dynamic_slice_in_dim(H, i * rows, rows)
+        columns = part(dynamic_slice_in_dim(H, i * rows, rows, axis=1))
+        return jnp.maximum(largest, jnp.max(jnp.abs(own - columns.T)))
+
     return (
-        jnp.sum(~jnp.isfinite(H)),
-        jnp.max(jnp.abs(H - H.T)),
+        _non_finite(H),
+        fori_loop(0, -(-size // rows), compare, jnp.zeros(())),
         jnp.max(diagonal),
         jnp.min(diagonal),
     )
@@ -272,7 +285,7 @@ def _checked_cross(cross: ArrayLike, count: int, where: str) -> Array:
         raise ShapeError(
             f"{where}cross: expected the shape of H, ({count}, {count}), found {cross.shape}"
         )
-    if not bool(jnp.isfinite(cross).all()):
+    if int(_non_finite(cross)):
         raise QuantizationError(f"{where}cross: expected finite values")
     return cross
 

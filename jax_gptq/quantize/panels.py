@@ -11,7 +11,7 @@ from jax_gptq.quantize.solution import Solution
 from jax_gptq.quantize.spec import Spec
 from jax_gptq.weight import GptqWeight
 
-_WIDEST = 1024
+_WIDEST = 512
 
 
 def panel_width(columns: int) -> int:

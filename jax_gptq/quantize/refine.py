@@ -20,6 +20,7 @@ _SWEEPS = 2
 def refine(
     W: Array,
     H: Array,
+    order: Array | None,
     solution: Solution,
     solve_again: Callable[[Array, Array], Solution],
     spec: Spec,
@@ -27,18 +28,18 @@ def refine(
     """For each column the best of what GPTQ, descent and solving on tighter grids have found.
 
     Args:
-      W, H, solution, spec: as of `descend`.
+      W, H, order, solution, spec: as of `descend`.
       solve_again: scales and zeros [G, N] -> GPTQ's solution on these grids.
 
     Returns:
       The solution; and losses f32 [N], of the given one and of this one, which is not higher.
     """
-    _, before = descend(W, H, solution, spec, 0)
-    best, loss = _better(solution, before, *descend(W, H, solution, spec, 1))
+    _, before = descend(W, H, order, solution, spec, 0)
+    best, loss = _better(solution, before, *descend(W, H, order, solution, spec, 1))
     for shrink in _SHRINK:
         scales = storable_scales(best.scales * shrink, spec.scale_dtype)
         again = solve_again(scales, best.zeros)
-        best, loss = _better(best, loss, *descend(W, H, again, spec, _SWEEPS))
+        best, loss = _better(best, loss, *descend(W, H, order, again, spec, _SWEEPS))
     return best, before, loss
 
 

@@ -63,6 +63,9 @@ def _solve(W, L, rows, row_group, given, spec):
     # Padding may fill up whole groups of its own: their grids are dropped at the end.
     grids = given or (jnp.ones((size // spec.group_size, columns)),) * 2
     spans = size // span
+    # Sliced here, L would be copied into the layout that triangular_solve wants.
+    every = jnp.arange(spans)
+    own_factors = L.reshape(spans, span, spans, span)[every, :, every]
 
     def solve_span(i, carry):
         errors, codes, scales, zeros, loss = carry
@@ -74,7 +77,7 @@ def _solve(W, L, rows, row_group, given, spec):
             return a + _product(coupling, dynamic_slice_in_dim(errors, row, span))
 
         a = fori_loop(spans - i, spans, add, jnp.zeros((span, columns)))
-        own = jax.lax.dynamic_slice(L, (start, start), (span, span))
+        own = own_factors[spans - 1 - i]
         w = dynamic_slice_in_dim(ordered, start, span)
         if given:
             group = dynamic_slice_in_dim(row_group, start, span)
