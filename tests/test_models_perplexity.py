@@ -103,9 +103,13 @@ def test_command_line_shows_models_side_by_side(tmp_path, capsys):
     assert float(bits_per_byte) == pytest.approx(bits / len(TEXT), rel=1e-3)
 
 
-def test_command_line_names_a_missing_text(tmp_path, capsys):
+def test_command_line_names_a_text_that_is_missing_or_not_utf8(tmp_path, capsys):
     assert main(["eval", str(embedded_path()), "--data", str(tmp_path / "none.txt")]) == 2
     assert "none.txt" in capsys.readouterr().err
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    assert main(["eval", str(embedded_path()), "--data", str(latin)]) == 2
+    assert "latin.txt: expected UTF-8 text, found byte 0xe9 at offset 3" in capsys.readouterr().err
 
 
 def test_embedded_model_is_small():

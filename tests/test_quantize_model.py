@@ -1,6 +1,7 @@
 """Whole models: quantized behind their own quantized prefix, killed and resumed, saved."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import jax_gptq
+from jax_gptq.cli import main
 from jax_gptq.errors import MissingTensorError, ModelError, QuantizationError
 from jax_gptq.models import float_tensors, linears, load, new_model
 from jax_gptq.models.config import from_hf
@@ -238,3 +240,27 @@ def test_killed_run_leaves_no_checkpoint_and_resumes_bit_identically(model, tmp_
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     refused = subprocess.run(command(whole), capture_output=True, text=True)
     assert refused.returncode == 2 and "not there yet" in refused.stderr
+
+
+def test_command_line_refusals(model, tmp_path, capsys):
+    source, text, out = tmp_path / "float", tmp_path / "text.txt", tmp_path / "out"
+    write_model_folder(model, source)
+    short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
+    text.write_text("a text of some words " * 20)
+    short.write_text("")
+    latin.write_bytes(b"\xff")
+    for folder, data, more, words in [
+        (source, tmp_path / "none.txt", [], "none.txt: expected a text file"),
+        (source, latin, [], "latin.txt: expected UTF-8"),
+        (source, short, [], "at least one window of 64 tokens, found 0"),
+        (source, text, ["--context=500"], "pass more text or a smaller --context"),
+        (source, text, ["--samples=0"], "--samples"),
+        (source, text, ["--group-size=0"], "model.layers.0.self_attn.q_proj: group_size"),
+        (source, text, ["--desc-act", "--act-group-aware"], "choose one"),
+        (tmp_path / "none", text, [], "none"),
+    ]:
+        command = ["quantize", str(folder), str(out), "--data", str(data), *more]
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
+        assert not out.exists()
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_gptq.errors import MissingFileError, ModelError
+from jax_gptq.errors import ModelError
 
 
 class LanguageModel(Protocol):
@@ -42,7 +42,8 @@ def perplexity(
       batch_size: windows per call of the model.
 
     Raises:
-      ModelError: fewer than two tokens, a token outside the vocabulary, or a context below 1.
+      ModelError: fewer than two tokens, a token outside the vocabulary, or a context or batch size
+        below 1.
     """
     return math.exp(mean_loss(model, tokens, context=context, batch_size=batch_size))
 
@@ -63,8 +64,11 @@ def mean_loss(
             f"found {stream.min()} to {stream.max()}"
         )
     context = min(model.config.max_positions, 2048) if context is None else context
-    if context < 1:
-        raise ModelError(f"perplexity: context: expected at least 1, found {context}")
+    if context < 1 or batch_size < 1:
+        raise ModelError(
+            f"perplexity: expected a context and a batch size of at least 1, found {context} and "
+            f"{batch_size}"
+        )
     inputs, targets, counted = _windows(stream, context)
     total = 0.0  # a Python float: f32 sums of 1e5 terms would lose the differences looked for
     for start in range(0, len(inputs), batch_size):
@@ -119,11 +123,9 @@ def run(args: argparse.Namespace) -> int:
     Bits per byte compare models whose tokenizers differ; perplexities do so only within one.
     """
     from jax_gptq.models.loading import load
-    from jax_gptq.models.tokenizer import Tokenizer
+    from jax_gptq.models.tokenizer import Tokenizer, read_text
 
-    if not args.data.is_file():
-        raise MissingFileError(f"{args.data}: expected a text file, found no such file")
-    text = args.data.read_text(encoding="utf-8")
+    text = read_text(args.data)
     width = max(len(str(path)) for path in [*args.models, "model"])
     print(f"{'model':<{width}}  {'tokens':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'loss':>7}")
     for path in args.models:

@@ -12,6 +12,19 @@ import tokenizers
 from jax_gptq.errors import ConfigError, MissingFileError, ModelError
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises MissingFileError, or ModelError where it is no such text."""
+    if not path.is_file():
+        raise MissingFileError(f"{path}: expected a text file, found no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x} at offset "
+            f"{error.start}; convert the file to UTF-8"
+        ) from error
+
+
 class Tokenizer:
     """`tokenizer.json`, and the chat template where the folder has one.
 
