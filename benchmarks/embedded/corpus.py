@@ -1,15 +1,16 @@
-"""English prose that every CPython carries: the text the embedded model is trained on.
+"""English prose that is on every machine with jax: the text the embedded model is trained on.
 
-Sources, all part of the standard library and under the PSF License (`LICENSE.txt` beside it):
-`pydoc_data.topics` (the language reference), the docstrings and block comments of every module,
-the docstrings of the compiled modules, and IDLE's help and news. Code, doctests and tables are
-dropped; wrapped lines are joined, so a paragraph is one line. Every paragraph is kept once, in the
-first document that has it, so no held-back paragraph is also trained on.
+Sources: of CPython's standard library (PSF License, `LICENSE.txt` beside it) `pydoc_data.topics`
+(the language reference), the docstrings and block comments of every module, the docstrings of the
+compiled modules, and IDLE's help and news; and the docstrings and block comments of `PACKAGES`.
+Code, doctests and tables are dropped; wrapped lines are joined, so a paragraph is one line. Every
+paragraph is kept once, in the first document that has it, so no held-back paragraph is also trained
+on.
 """
 
 import ast
 import html
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -23,11 +24,19 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# Packages that hold tests, generated tables, or text that is not English prose.
+# Their licences. Never held back: held-back text is CPython's alone.
+PACKAGES = {
+    "numpy": "BSD-3-Clause",
+    "jax": "Apache-2.0",
+    "flax": "Apache-2.0",
+}
+
+# Folders that hold tests, generated tables, or text that is not English prose.
 _SKIPPED = {
     "test",
     "tests",
     "idle_test",
+    "_vendored",
     "site-packages",
     "dist-packages",
     "encodings",
@@ -62,13 +71,14 @@ def documents() -> dict[str, list[str]]:
 
 
 def split(held_back: int = 12) -> tuple[list[str], list[str]]:
-    """(training, held-back) documents as text: about one document in `held_back` is held back.
+    """(training, held-back) documents: about one in `held_back` of CPython's is held back.
 
     The choice depends on the document's name alone, so it is the same on every machine.
     """
     train, held = [], []
     for name, kept in documents().items():
-        side = held if zlib.crc32(name.encode()) % held_back == 0 else train
+        chosen = not name.startswith("package") and zlib.crc32(name.encode()) % held_back == 0
+        side = held if chosen else train
         side.append("\n\n".join(kept))
     return train, held
 
@@ -112,6 +122,8 @@ def _is_prose(text: str) -> bool:
     words = re.findall(r"[A-Za-z']+", text)
     if len(words) < 6 or not text.isascii() or not re.search(r"[.:!?)]$", text):
         return False
+    if "----" in text:  # a section of parameters
+        return False
     letters = sum(c.isalpha() or c == " " for c in text) / len(text)
     common = sum(word.lower() in _SENTENCE_WORDS for word in words) / len(words)
     return letters > 0.85 and common > 0.18
@@ -123,10 +135,9 @@ def _sources() -> Iterator[tuple[str, list[str]]]:
     for name in sorted(topics):
         yield f"topic {name}", [topics[name]]
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not _SKIPPED.intersection(parts) and parts[0] != "pydoc_data":
-            yield f"module {'/'.join(parts)}", list(_python_texts(path))
+    for path in _modules(root):
+        if "pydoc_data" not in path.parts:
+            yield f"module {path.relative_to(root).as_posix()}", list(_python_texts(path))
     for name in sorted(sys.builtin_module_names) + sorted(_compiled_modules(root)):
         yield f"compiled {name}", list(_compiled_texts(name))
     for path in sorted((root / "idlelib").glob("*.txt")):
@@ -137,6 +148,23 @@ def _sources() -> Iterator[tuple[str, list[str]]]:
     if help_page.exists():
         page = re.sub(r"</(p|h\d|li|dd|dt)>", "\n\n", help_page.read_text(encoding="utf-8"))
         yield "idle help", [html.unescape(re.sub(r"<[^>]+>", "", page))]
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit(f"the text of {package} is missing: install jax_gptq[all] first")
+        root = Path(spec.submodule_search_locations[0])
+        for path in _modules(root):
+            name = path.relative_to(root.parent).as_posix()
+            yield f"package {name}", list(_python_texts(path))
+
+
+def _modules(root: Path) -> list[Path]:
+    """Its source files, in a fixed order."""
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not _SKIPPED.intersection(path.relative_to(root).parts)
+    ]
 
 
 def _python_texts(path: Path) -> Iterator[str]:

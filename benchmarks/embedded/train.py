@@ -12,6 +12,7 @@ import functools
 import json
 import platform
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import corpus
@@ -186,7 +187,10 @@ def save_folder(out: Path, params, config: ModelConfig, tokenizer: Tokenizer) ->
         },
     )
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
-    (out / "README.md").write_text(_CARD.format(python=platform.python_version()))
+    packages = ", ".join(f"{p} {version(p)} ({c})" for p, c in corpus.PACKAGES.items())
+    (out / "README.md").write_text(
+        _CARD.format(python=platform.python_version(), packages=packages)
+    )
 
 
 _CARD = """\
@@ -194,7 +198,9 @@ A small Llama decoder that writes the English of Python's documentation.
 
 Text: docstrings, block comments and `pydoc` topics of CPython {python}'s standard library,
 copyright Python Software Foundation and the modules' authors, PSF License Version 2
-(https://docs.python.org/3/license.html). Made by `benchmarks/embedded/train.py` of jax_gptq;
+(https://docs.python.org/3/license.html), and docstrings and block comments of
+{packages}, copyright their
+authors. Made by `benchmarks/embedded/train.py` of jax_gptq;
 the weights are under the Apache License 2.0. It is a demonstration: what it says is often untrue.
 """
 
