@@ -318,6 +318,7 @@ def test_under_jit_vmap_scan_grad_and_export():
     (rows,) = jax.export.symbolic_shape("rows")
     exported = jax.export.export(
         jax.jit(lambda x, s: matmul(x, s)),
+        platforms=["cpu"],
         disabled_checks=jax_gptq.EXPORT_DISABLED_CHECKS,
     )(jax.ShapeDtypeStruct((rows, 96), np.float32), stores[0])
     again = jax.export.deserialize(exported.serialize())

@@ -180,13 +180,28 @@ def test_same_bits_in_any_order(kernel, dtype, bits):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("rows", "fewer"), [(8, 2), (16, 9)])
+@pytest.mark.parametrize(("rows", "fewer"), [(4, 2), (8, 5), (16, 9)])
 def test_a_row_does_not_depend_on_the_others(arch, rows, fewer):
-    """Decode: up to 8 rows are one kernel, 9 to 16 another."""
+    """2 to 4, 5 to 8 and 9 to 16 rows cut K in one way each."""
     emulated.set(arch=arch)
     x, store, _, _ = setup(rows, 512, 130)
     together = np.asarray(matmul(x, store))
     np.testing.assert_array_equal(together[:fewer], np.asarray(matmul(x[:fewer], store)))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scales", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_every_weight_is_rounded_once(dtype, scales, bits, arch):
+    """Unit vectors as rows of x: the output is the weight."""
+    emulated.set(arch=arch)
+    scale_dtype = np.dtype(getattr(ml_dtypes, scales, scales))
+    _, store, _, _ = setup(1, 64, 130, bits=bits, scale_dtype=scale_dtype)
+    weight = np.asarray(jax_gptq.dequantize(store.unpack())).astype(dtype)
+    x = jnp.eye(64, dtype=dtype)
+    np.testing.assert_array_equal(np.asarray(matmul(x, store)), weight)
+    np.testing.assert_array_equal(np.asarray(matmul(x[:5], store)), weight[:5])
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -27,7 +27,7 @@ bool partial_sums_fit(const Problem& p, int splits) {
 // (kernel kNone) where none do.
 Plan plan_decode(const Problem& problem, const Device& device) {
   Problem p = problem;
-  p.m = p.m == 1 ? 1 : p.m <= 8 ? 8 : kDecodeRows;
+  p.m = p.m == 1 ? 1 : p.m <= 4 ? 4 : p.m <= 8 ? 8 : kDecodeRows;
   const bool clusters = device.arch >= 90;
   const int most = clusters ? kMaxClusterSplits : kMaxWorkspaceSplits;
   for (int splits = 1; splits <= most && splits <= ceil_div(p.k, kUnitK); splits *= 2) {

@@ -220,6 +220,16 @@ __device__ __forceinline__ uint32_t mul2<Bf16>(uint32_t a, uint32_t b) {
   return reinterpret_cast<const uint32_t&>(d);
 }
 
+// a b + c of pairs, each value rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+template <>
+__device__ __forceinline__ uint32_t fma2<Bf16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // Two floats rounded to nearest even, `low` in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);

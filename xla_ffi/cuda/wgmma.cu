@@ -61,6 +61,11 @@ cudaError_t launch_type(const Problem& problem, const WgmmaPlan& plan, cudaStrea
   }
   if (fine) return launch_block<T, 4, WgmmaMode::kFine>(problem, plan, stream);
 #endif
+  if constexpr (std::is_same<T, Bf16>::value) {
+    if (problem.scale_type == Dtype::kF16) {
+      return launch_block<T, 4, WgmmaMode::kSplit>(problem, plan, stream);
+    }
+  }
   return problem.scale_type == type
              ? launch_block<T, 4, WgmmaMode::kExact>(problem, plan, stream)
              : launch_block<T, 4, WgmmaMode::kGeneral>(problem, plan, stream);

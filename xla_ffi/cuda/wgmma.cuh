@@ -196,16 +196,18 @@ constexpr uint32_t magic() {
 // How a code becomes a value.
 enum class WgmmaMode {
   kExact,    // scales stored in the type of x, four bits, groups that end between steps
+  kSplit,    // the same, but scales in f16 under x in bf16: as sums of two bf16
   kGeneral,  // scales applied in f32
   kFine,     // as kGeneral, with groups that end inside a step
 };
 
 // Scale and zero point of this lane's two rows of one 64-row tile, rows r and r + 8.
-//   kExact: both as duplicated pairs, the zero point with the magic
-//   number of the type added; otherwise the scale in f32, and the zero point as such a pair of
-//   bf16 (4 bits) or in f32, plus 2^23 (8 bits).
+//   kExact and kSplit: both as duplicated pairs, the zero point with the magic number of the type
+//   added; otherwise the scale in f32, and the zero point as such a pair of bf16 (4 bits) or in
+//   f32, plus 2^23 (8 bits).
 struct WgmmaParameters {
   uint32_t scale[2];
+  uint32_t rest[2];  // kSplit: of the scale, rounded to bf16
   uint32_t zero[2];
 };
 
@@ -220,6 +222,12 @@ __device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint
     if constexpr (kMode == WgmmaMode::kExact) {
       p.scale[i] = ld_shared<uint16_t>(scales + 2 * at) * 0x00010001u;
       p.zero[i] = zero * 0x00010001u | magic<T>();
+    } else if constexpr (kMode == WgmmaMode::kSplit) {
+      const float scale = to_float<F16>(ld_shared<uint16_t>(scales + 2 * at));
+      const uint16_t rounded = from_float<Bf16>(scale);
+      p.scale[i] = rounded * 0x00010001u;
+      p.rest[i] = from_float<Bf16>(scale - to_float<Bf16>(rounded)) * 0x00010001u;
+      p.zero[i] = zero * 0x00010001u | kMagicBf16;
     } else {
       float scale;
       if (scale_type == Dtype::kF32) {
@@ -248,6 +256,10 @@ __device__ __forceinline__ void dequantize4(uint32_t (&a)[4], uint32_t word,
     const uint32_t exact = sub2<Exact>(codes, p.zero[i % 2]);
     if constexpr (kMode == WgmmaMode::kExact) {
       a[i] = mul2<T>(exact, p.scale[i % 2]);
+    } else if constexpr (kMode == WgmmaMode::kSplit) {
+      // f16 has 11 bits: the rest of a scale has 3, its product with 5 bits of q - z is exact, and
+      // the sum is rounded once.
+      a[i] = fma2<Bf16>(exact, p.scale[i % 2], mul2<Bf16>(exact, p.rest[i % 2]));
     } else {
       const float scale = bits_float(p.scale[i % 2]);
       a[i] = pack2<T>(bits_float(exact << 16) * scale, bits_float(exact & 0xffff0000u) * scale);

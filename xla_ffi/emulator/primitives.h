@@ -266,6 +266,13 @@ uint32_t mul2(uint32_t a, uint32_t b) {
   return pack2<T>(x.x * y.x, x.y * y.y);
 }
 
+// Sums of products that a float holds exactly.
+template <class T>
+uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  const float2 x = unpack2<T>(a), y = unpack2<T>(b), z = unpack2<T>(c);
+  return pack2<T>(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
+}
+
 // ---- Clusters --------------------------------------------------------------------------------
 
 inline int cluster_rank() { return machine->own_rank(); }
