@@ -73,8 +73,8 @@ def copies(bytes_each: int) -> int:
 
 
 def ours(layer: Layer) -> dict[str, Callable[[np.ndarray], Call]]:
-    store = jax_gptq.prepare(layer.weight(), layout="cpu")
-    stores = [jax.tree.map(jnp.copy, store) for _ in range(copies(layer.packed_bytes))]
+    weight = layer.weight()
+    stores = [jax_gptq.prepare(weight, layout="cpu") for _ in range(copies(layer.packed_bytes))]
     exact = jax.jit(jax_gptq.gptq_matmul)
     int8 = jax.jit(lambda x, s: jax_gptq.gptq_matmul(x, s, activations="int8"))
 

@@ -7,14 +7,18 @@ codes), loads it with `jax_gptq.models.load` and times, in turn, round after rou
 
 - the floor: reading all bytes that a token touches (packed weights, scales, output head) once;
 - decoding at batch 1 through `model.generate`, with bfloat16 and float32 activations;
+- the same with llama.cpp where `llama-cpp-python` and `gguf` are installed: a Q4_0 file of the same
+  shape, its output head in Q6_K as llama.cpp's own quantizer has it (ours stays in the model's
+  dtype, so that a token of ours touches more bytes);
 - a prompt of 512 tokens, on the first layers only, beside the same layers dense in float32 (the
   `dense` layout: XLA's own dots).
 
-What is reported is the median over the rounds, and of the ratios within a round. llama.cpp is not
-part of it. Writes benchmarks/results/decode.json.
+What is reported is the median over the rounds, and of the ratios within a round. Writes
+benchmarks/results/decode.json.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -111,6 +115,88 @@ def make_checkpoint(folder: Path, config: dict) -> None:
     jax_gptq.save_weights(weights(), folder, other_tensors=others, biases=biases, config=config)
 
 
+def make_gguf(path: Path, config: dict) -> None:
+    """Random blocks in llama.cpp's file format; no tokenizer."""
+    import gguf
+
+    rng = np.random.default_rng(0)
+    formats = gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+
+    def add(name: str, k: int, n: int, kind: gguf.GGMLQuantizationType) -> None:
+        """Random codes; the one f16 scale of each block is small."""
+        values, size = gguf.GGML_QUANT_SIZES[kind]
+        blocks = rng.integers(0, 256, (n, k // values, size), dtype=np.uint8)
+        scale = np.array([0.1 / np.sqrt(k)], np.float16).view(np.uint8)
+        at = 0 if kind == formats.Q4_0 else size - 2
+        blocks[..., at : at + 2] = scale
+        writer.add_tensor(name, blocks.reshape(n, -1), raw_dtype=kind)
+
+    hidden = config["hidden_size"]
+    ones = np.ones(hidden, np.float32)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    add("token_embd.weight", hidden, config["vocab_size"], formats.Q6_K)
+    writer.add_tensor("output_norm.weight", ones)
+    for i in range(config["num_hidden_layers"]):
+        writer.add_tensor(f"blk.{i}.attn_norm.weight", ones)
+        writer.add_tensor(f"blk.{i}.ffn_norm.weight", ones)
+        for name, (k, n) in matrices(config).items():
+            add(f"blk.{i}.{names[name]}.weight", k, n, formats.Q4_0)
+            if names[name] in ("attn_q", "attn_k", "attn_v"):
+                writer.add_tensor(f"blk.{i}.{names[name]}.bias", np.ones(n, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp(path: Path) -> Callable[[int], None]:
+    """A function that decodes so many tokens, greedily, after a prompt of 8."""
+    import llama_cpp
+
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(quiet, None)
+    model = llama_cpp.llama_model_load_from_file(
+        str(path).encode(), llama_cpp.llama_model_default_params()
+    )
+    options = llama_cpp.llama_context_default_params()
+    options.n_ctx = 512
+    options.n_threads = options.n_threads_batch = THREADS
+
+    def decode(count: int) -> None:
+        context = llama_cpp.llama_init_from_model(model, options)
+        tokens = prompt(8)[0].tolist()
+        for _ in range(count):
+            array = (llama_cpp.llama_token * len(tokens))(*tokens)
+            batch = llama_cpp.llama_batch_get_one(array, len(tokens))
+            if llama_cpp.llama_decode(context, batch):
+                raise RuntimeError("llama_decode failed")
+            logits = llama_cpp.llama_get_logits_ith(context, -1)
+            tokens = [int(np.ctypeslib.as_array(logits, (CONFIG["vocab_size"],)).argmax())]
+        llama_cpp.llama_free(context)
+
+    decode.keep = quiet
+    return decode
+
+
 def touched_bytes(model: nnx.Module) -> int:
     """What one token reads: every array of the model once (a tied table as the head)."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
@@ -137,7 +223,9 @@ def prompt(count: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (1, count))
 
 
-def measure_decode(folder: Path, rounds: int, tokens: int) -> list[dict]:
+def measure_decode(
+    folder: Path, rounds: int, tokens: int, peer: Callable[[int], None] | None
+) -> list[dict]:
     """Seconds per token: a long answer less a short one, so that the prompt does not count."""
     models = {name: jax_gptq.models.load(folder, dtype=name) for name in ("bfloat16", "float32")}
     reads = {name: reader(touched_bytes(model)) for name, model in models.items()}
@@ -150,11 +238,15 @@ def measure_decode(folder: Path, rounds: int, tokens: int) -> list[dict]:
     for name, model in models.items():
         for count in (2, tokens + 2):  # compiles
             answer(name, count)
-        ours, floor = [], []
+        ours, floor, theirs = [], [], []
         for _ in range(rounds):
             floor.append(min(seconds(reads[name]) for _ in range(3)))
             ours.append((answer(name, tokens + 2) - answer(name, 2)) / tokens)
+            if peer is not None:
+                long, short = seconds(lambda: peer(tokens + 2)), seconds(lambda: peer(2))
+                theirs.append((long - short) / tokens)
         ratios = [f / o for f, o in zip(floor, ours)]
+        times = [t / o for t, o in zip(theirs, ours)]
         results.append(
             {
                 "activations": name,
@@ -163,6 +255,10 @@ def measure_decode(folder: Path, rounds: int, tokens: int) -> list[dict]:
                 "floor_tokens_per_second": 1 / statistics.median(floor),
                 "fraction_of_floor": statistics.median(ratios),
                 "fractions": ratios,
+                "llama_cpp_q4_0_tokens_per_second": 1 / statistics.median(theirs)
+                if times
+                else None,
+                "times_as_fast_as_llama_cpp": statistics.median(times) if times else None,
             }
         )
     return results
@@ -206,6 +302,12 @@ def main() -> None:
             folders[count] = root / f"qwen2.5-1.5b-{count}-layers"
             if not (folders[count] / "config.json").exists():
                 make_checkpoint(folders[count], {**CONFIG, "num_hidden_layers": count})
+        peer = None
+        if all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf")):
+            path = root / f"qwen2.5-1.5b-{args.layers}-layers.gguf"
+            if not path.exists():
+                make_gguf(path, {**CONFIG, "num_hidden_layers": args.layers})
+            peer = llama_cpp(path)
         result = {
             "machine": {
                 "cpu": cpu_name(),
@@ -215,7 +317,7 @@ def main() -> None:
                 "load_average": os.getloadavg()[0],  # above `threads`: others ran beside it
             },
             "layers": args.layers,
-            "decode": measure_decode(folders[args.layers], args.rounds, args.tokens),
+            "decode": measure_decode(folders[args.layers], args.rounds, args.tokens, peer),
             "prefill_layers": args.prefill_layers,
             "prefill": measure_prefill(folders[args.prefill_layers], args.rounds),
         }
