@@ -62,6 +62,9 @@ __attribute__((target("avx512f"))) void Instructions() {
 void Instructions() {}
 #endif
 
+#ifdef JAX_GPTQ_X86
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 uint64_t Read(const char* memory, size_t bytes) {
   uint64_t parts[32] = {};
   for (size_t i = 0; i + sizeof(parts) <= bytes; i += sizeof(parts)) {
