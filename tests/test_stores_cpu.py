@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from oracle import assert_same_weight, random_weight
 
+from jax_gptq import host
 from jax_gptq.errors import LayoutError
 from jax_gptq.packing import pack_codes
 from jax_gptq.stores.cpu import CpuStore
@@ -105,3 +106,12 @@ def test_packing_a_large_layer_needs_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < store.tiles.nbytes + 8 * (1 << 23)
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, jnp.bfloat16])
+def test_host_memory_is_taken_over_uncopied(dtype):
+    values = host.empty((5, 3), dtype)
+    values[...] = 7
+    array = jax.device_put(values, jax.devices("cpu")[0])
+    assert array.unsafe_buffer_pointer() == values.ctypes.data
+    assert array.dtype == dtype and array.shape == (5, 3) and (array == 7).all()
