@@ -1,4 +1,4 @@
-"""Trains the embedded model from nothing: `python train.py OUT`, half an hour or so on two cores.
+"""Trains the embedded model from nothing: `python train.py OUT`, an hour on one core.
 
 Collects the text (`corpus.py`), trains a byte-level BPE tokenizer, trains the decoder (`model.py`)
 and writes OUT as a Hugging Face folder in f16, beside `held_back.txt` and `train.txt`, the two
@@ -199,9 +199,8 @@ A small Llama decoder that writes the English of Python's documentation.
 Text: docstrings, block comments and `pydoc` topics of CPython {python}'s standard library,
 copyright Python Software Foundation and the modules' authors, PSF License Version 2
 (https://docs.python.org/3/license.html), and docstrings and block comments of
-{packages}, copyright their
-authors. Made by `benchmarks/embedded/train.py` of jax_gptq;
-the weights are under the Apache License 2.0. It is a demonstration: what it says is often untrue.
+{packages}, copyright their authors.
+Made by `benchmarks/embedded/train.py` of jax_gptq; the weights are under the Apache License 2.0. It is a demonstration: what it says is often untrue.
 """
 
 
@@ -226,8 +225,8 @@ def _restore(path: Path, params, state):
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1050)
-    parser.add_argument("--decay", type=int, default=450, help="last steps, rate falling to zero")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--decay", type=int, default=500, help="last steps, rate falling to zero")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
