@@ -200,7 +200,8 @@ Text: docstrings, block comments and `pydoc` topics of CPython {python}'s standa
 copyright Python Software Foundation and the modules' authors, PSF License Version 2
 (https://docs.python.org/3/license.html), and docstrings and block comments of
 {packages}, copyright their authors.
-Made by `benchmarks/embedded/train.py` of jax_gptq; the weights are under the Apache License 2.0. It is a demonstration: what it says is often untrue.
+Made by `benchmarks/embedded/train.py` of jax_gptq; the weights are under the Apache License 2.0.
+It is a demonstration: what it says is often untrue.
 """
 
 

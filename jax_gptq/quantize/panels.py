@@ -11,12 +11,14 @@ from jax_gptq.quantize.solution import Solution
 from jax_gptq.quantize.spec import Spec
 from jax_gptq.weight import GptqWeight
 
-_WIDEST = 512
+# A panel is at most a sixteenth of the columns, unless that is narrow: refinement holds a dozen.
+_NARROW, _WIDEST = 256, 1024
 
 
 def panel_width(columns: int) -> int:
     """Columns of each panel, so that all are alike and compile once; the last may be padded."""
-    return -(-columns // -(-columns // _WIDEST))
+    widest = min(max(columns // 16, _NARROW), _WIDEST)
+    return -(-columns // -(-columns // widest))
 
 
 def packed(
