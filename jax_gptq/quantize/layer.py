@@ -14,7 +14,7 @@ from jax_gptq.quantize.asymmetric import asymmetric_target
 from jax_gptq.quantize.factoring import factor
 from jax_gptq.quantize.layout import part
 from jax_gptq.quantize.order import act_order, group_aware_order
-from jax_gptq.quantize.panels import packed, panel_width
+from jax_gptq.quantize.panels import joined, pack_panel, panel_width
 from jax_gptq.quantize.refine import refine as refine_columns
 from jax_gptq.quantize.report import Report
 from jax_gptq.quantize.solution import Solution, in_natural_order
@@ -131,7 +131,8 @@ def gptq(
     def grouped(solved: Solution, static: bool) -> Solution:
         return solved if own_groups else in_natural_order(solved, order, spec.group_size, static)
 
-    solutions = []
+    back = jnp.argsort(order)
+    panels = []
     loss = gptq_loss = 0.0
     width = panel_width(columns)
     for start in range(0, columns, width):
@@ -152,14 +153,12 @@ def gptq(
         else:  # |e^T L|^2 is the loss with a damped H: the damping is taken off again
             before = after = damped_loss - added * squares
         gptq_loss, loss = gptq_loss + float(before.sum()), loss + float(after.sum())
-        solutions.append(solution)
+        if own_groups:
+            solution = Solution(solution.codes[back], *solution[1:])
+        panels.append(pack_panel(solution, spec))
 
-    g_idx = None
-    if own_groups:
-        back = jnp.argsort(order)
-        g_idx = back // spec.group_size
-        solutions = [Solution(each.codes[back], *each[1:]) for each in solutions]
-    weight = packed(solutions, g_idx, columns, spec)
+    g_idx = back // spec.group_size if own_groups else None
+    weight = joined(panels, g_idx, (count, columns), spec)
     relative = float(_relative_loss(W, H, weight))
     return weight, Report(loss, relative, gptq_loss, used_damp, dead_rows, tuple(notes))
 
@@ -178,7 +177,7 @@ def rtn(
     where = f"{name}: " if name else ""
     W = _checked_weight(W, where)
     spec = _checked_spec(where, W.shape[0], bits, group_size, sym, mse, 1, True, scale_dtype)
-    return packed([nearest(W, spec)], None, W.shape[1], spec)
+    return joined([pack_panel(nearest(W, spec), spec)], None, W.shape, spec)
 
 
 def _order(diagonal: Array, desc_act: bool, act_group_aware: bool, group_size: int) -> Array:

@@ -1,6 +1,6 @@
 """Columns do not depend on each other: panels of them bound the memory beside W and H."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,23 @@ def panel_width(columns: int) -> int:
     return -(-columns // -(-columns // widest))
 
 
-def packed(
-    solutions: Sequence[Solution], g_idx: Array | None, columns: int, spec: Spec
+def pack_panel(solution: Solution, spec: Spec) -> tuple[Array, Array, Array]:
+    """A panel, rows in natural order, as a weight holds it: a fraction of its codes in bytes."""
+    codes, scales, zeros = solution
+    return _pack(codes, spec.bits), scales.astype(spec.scale_dtype), zeros.astype(jnp.uint8)
+
+
+def joined(
+    panels: Sequence[tuple[Array, Array, Array]],
+    g_idx: Array | None,
+    shape: tuple[int, ...],
+    spec: Spec,
 ) -> GptqWeight:
-    """Panels, rows in natural order, as one weight of so many columns."""
-
-    def joined(parts: Iterable[Array]) -> Array:
-        return jnp.concatenate(list(parts), axis=1)[:, :columns]
-
-    return GptqWeight(
-        joined(_pack(each.codes, spec.bits) for each in solutions),
-        joined(each.scales.astype(spec.scale_dtype) for each in solutions),
-        joined(each.zeros.astype(jnp.uint8) for each in solutions),
-        g_idx,
-        spec.bits,
-        spec.group_size,
-        solutions[0].codes.shape[0],
-        columns,
+    """Packed panels as one weight of that shape [K, N]."""
+    qweight, scales, zeros = (
+        jnp.concatenate(parts, axis=1)[:, : shape[1]] for parts in zip(*panels)
     )
+    return GptqWeight(qweight, scales, zeros, g_idx, spec.bits, spec.group_size, shape[0], shape[1])
 
 
 _pack = jax.jit(pack_codes, static_argnames="bits")
