@@ -7,7 +7,7 @@ bool wgmma_supported(const Problem& problem) {
   return problem.k % 8 == 0 && (problem.groups == 1 || problem.group_size % 16 == 0);
 }
 
-// From the measurements in docs/h200_notes.md.
+// From the measurements in docs/h200_notes.md and h100_notes.md.
 WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   WgmmaPlan plan;
   const auto tiles = [&](int block_n, int block_m) {
