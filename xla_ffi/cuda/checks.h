@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
@@ -168,6 +169,55 @@ inline ffi::Error fill_zeros(ffi::Buffer<ffi::U8> zeros, int32_t group_size,
   }
   problem->zeros = zeros.typed_data();
   return ffi::Error::Success();
+}
+
+// ---- Operands of the handlers, results and attributes, after what a machine binds itself -------
+
+template <class Binding>
+auto bind_matmul(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()         // x
+      .template Arg<ffi::Buffer<ffi::U32>>()  // codes
+      .template Arg<ffi::AnyBuffer>()         // scales
+      .template Arg<ffi::Buffer<ffi::U8>>()   // zeros
+      .template Arg<ffi::Buffer<ffi::F32>>()  // bias
+      .template Ret<ffi::AnyBuffer>()         // y
+      .template Ret<ffi::Buffer<ffi::U8>>()   // workspace
+      .template Attr<int32_t>("group_size")
+      .template Attr<int32_t>("bits");
+}
+
+template <class Binding>
+auto bind_dequantize(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<ffi::Buffer<ffi::U32>>()  // codes
+      .template Arg<ffi::AnyBuffer>()         // scales
+      .template Arg<ffi::Buffer<ffi::U8>>()   // zeros
+      .template Ret<ffi::AnyBuffer>()         // weight
+      .template Attr<int32_t>("group_size")
+      .template Attr<int32_t>("bits");
+}
+
+template <class Binding>
+auto bind_pack(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<ffi::Buffer<ffi::U32>>()  // qweight
+      .template Arg<ffi::Buffer<ffi::U8>>()   // zeros
+      .template Arg<ffi::Buffer<ffi::S32>>()  // perm
+      .template Ret<ffi::Buffer<ffi::U32>>()  // codes
+      .template Attr<int32_t>("bits")
+      .template Attr<int32_t>("group_size")
+      .template Attr<int32_t>("in_features");
+}
+
+template <class Binding>
+auto bind_unpack(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<ffi::Buffer<ffi::U32>>()  // codes
+      .template Arg<ffi::Buffer<ffi::S32>>()  // perm
+      .template Ret<ffi::Buffer<ffi::U32>>()  // qweight
+      .template Attr<int32_t>("bits")
+      .template Attr<int32_t>("in_features");
 }
 
 }  // namespace jax_gptq::cuda

@@ -125,44 +125,17 @@ auto bind() {
 namespace ffi = xla::ffi;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGptqCudaMatmul, jax_gptq::cuda::matmul,
-                              jax_gptq::cuda::bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::U8>>()
-                                  .Attr<int32_t>("group_size")
-                                  .Attr<int32_t>("bits"),
+                              jax_gptq::cuda::bind_matmul(jax_gptq::cuda::bind()),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGptqCudaDequantize, jax_gptq::cuda::dequantize,
-                              jax_gptq::cuda::bind()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int32_t>("group_size")
-                                  .Attr<int32_t>("bits"),
+                              jax_gptq::cuda::bind_dequantize(jax_gptq::cuda::bind()),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGptqCudaPack, jax_gptq::cuda::pack,
-                              jax_gptq::cuda::bind()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Attr<int32_t>("bits")
-                                  .Attr<int32_t>("group_size")
-                                  .Attr<int32_t>("in_features"),
+                              jax_gptq::cuda::bind_pack(jax_gptq::cuda::bind()),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGptqCudaUnpack, jax_gptq::cuda::unpack,
-                              jax_gptq::cuda::bind()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Attr<int32_t>("bits")
-                                  .Attr<int32_t>("in_features"),
+                              jax_gptq::cuda::bind_unpack(jax_gptq::cuda::bind()),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -144,40 +144,13 @@ std::vector<std::string> launches() {
 namespace ffi = xla::ffi;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGptqEmulatedMatmul, jax_gptq::emulator::matmul,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::U8>>()
-                                  .Attr<int32_t>("group_size")
-                                  .Attr<int32_t>("bits"));
+                              jax_gptq::cuda::bind_matmul(ffi::Ffi::Bind()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGptqEmulatedDequantize, jax_gptq::emulator::dequantize,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int32_t>("group_size")
-                                  .Attr<int32_t>("bits"));
+                              jax_gptq::cuda::bind_dequantize(ffi::Ffi::Bind()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGptqEmulatedPack, jax_gptq::emulator::pack,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Attr<int32_t>("bits")
-                                  .Attr<int32_t>("group_size")
-                                  .Attr<int32_t>("in_features"));
+                              jax_gptq::cuda::bind_pack(ffi::Ffi::Bind()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGptqEmulatedUnpack, jax_gptq::emulator::unpack,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Attr<int32_t>("bits")
-                                  .Attr<int32_t>("in_features"));
+                              jax_gptq::cuda::bind_unpack(ffi::Ffi::Bind()));
