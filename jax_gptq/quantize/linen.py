@@ -13,7 +13,7 @@ from jax_gptq.linear import GptqLinear
 from jax_gptq.linen import WithGptq, replace_dense
 from jax_gptq.quantize.config import QuantizeConfig
 from jax_gptq.quantize.run import OnLayer, Path, Run, checked_batches, finished_layers, path_name
-from jax_gptq.quantize.stages import cross, moments
+from jax_gptq.quantize.stages import by_input, cross, moments
 
 # The collection in which a layer leaves its inputs, so that they get out of `linen.remat` too.
 _INPUTS = "gptq_inputs"
@@ -91,21 +91,14 @@ class _LinenBlock:
 
     def called(self, arguments: tuple, paths: set[Path] | None = None) -> list[list[Path]]:
         """As `stages`; without `paths`, of every `linen.Dense`."""
-        found: list[tuple[Array, list[Path]]] = []
-        seen = set()
+        calls: list[tuple[Path, Array]] = []
 
         def note(dense, x):
-            path = dense.path
-            if path in seen or (paths is not None and path not in paths):
-                return
-            seen.add(path)
-            if found and found[-1][0] is x:
-                found[-1][1].append(path)
-            else:
-                found.append((x, [path]))
+            if paths is None or dense.path in paths:
+                calls.append((dense.path, x))
 
         jax.eval_shape(lambda *a: self._apply(self.params, a, note)[0], *arguments)
-        return [stage for _, stage in found]
+        return by_input(calls)
 
     def kernel(self, path):
         return self.params[(*path, "kernel")]

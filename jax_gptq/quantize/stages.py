@@ -1,7 +1,7 @@
 """What the linear layers of a module are given, and in which order they are called."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -46,21 +46,28 @@ def set_child(module: Any, path: Path, child: Any) -> None:
 
 def stages(module: nnx.Module, paths: Sequence[Path], arguments: tuple) -> list[list[Path]]:
     """Layers in the order in which they are first called; those of one input share a stage."""
-    found: list[tuple[Array, list[Path]]] = []
+    found: list[list[Path]] = []
     graph, state = nnx.split(module)
 
     def trace(state, arguments):
-        seen = set()
-        for path, x in _calls(nnx.merge(graph, state), paths, arguments):
-            if path in seen:
-                continue
-            seen.add(path)
-            if found and found[-1][0] is x:
-                found[-1][1].append(path)
-            else:
-                found.append((x, [path]))
+        found.extend(by_input(_calls(nnx.merge(graph, state), paths, arguments)))
 
     jax.eval_shape(trace, state, arguments)
+    return found
+
+
+def by_input(calls: Iterable[tuple[Path, Array]]) -> list[list[Path]]:
+    """Layers in the order of their first calls; neighbours with the same input in one list."""
+    found: list[tuple[Array, list[Path]]] = []
+    seen = set()
+    for path, x in calls:
+        if path in seen:
+            continue
+        seen.add(path)
+        if found and found[-1][0] is x:
+            found[-1][1].append(path)
+        else:
+            found.append((x, [path]))
     return [stage for _, stage in found]
 
 
