@@ -37,12 +37,14 @@ class FinishedLayers:
                 f"model, calibration data or options; delete the folder to start over"
             )
 
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).exists()
+
     def load(self, name: str) -> tuple[GptqWeight, Report] | None:
         """What was saved for a layer, None where it is not finished."""
-        path = self._path(name)
-        if not path.exists():
+        if name not in self:
             return None
-        tensors: dict[str, Any] = load_file(path)
+        tensors: dict[str, Any] = load_file(self._path(name))
         facts = json.loads(bytes(tensors.pop("facts")))
         report = Report(**{**facts["report"], "notes": tuple(facts["report"]["notes"])})
         arrays = {key: jnp.asarray(value) for key, value in tensors.items()}

@@ -109,6 +109,7 @@ class _NnxBlock:
 
     def __init__(self, module: nnx.Module, float_module: nnx.Module, prefix: Path):
         self.module, self.prefix = module, prefix
+        self.graph, self.state = nnx.split(module)  # once for all batches, until a kernel changes
         self.float_state = nnx.split(float_module)[1]
 
     def _inside(self, path: Path) -> Path:
@@ -123,14 +124,14 @@ class _NnxBlock:
 
     def set_kernel(self, path, kernel):
         child_at(self.module, self._inside(path)).kernel = nnx.Param(kernel)
+        self.graph, self.state = nnx.split(self.module)
 
     def moments(self, path, arguments):
-        return input_moments(*nnx.split(self.module), self._inside(path), arguments)
+        return input_moments(self.graph, self.state, self._inside(path), arguments)
 
     def cross(self, path, arguments, float_arguments):
-        graph, state = nnx.split(self.module)
-        inside = self._inside(path)
-        return cross_moment(graph, state, self.float_state, inside, arguments, float_arguments)
+        states = self.state, self.float_state
+        return cross_moment(self.graph, *states, self._inside(path), arguments, float_arguments)
 
 
 def _chosen(model: nnx.Module, names: Iterable[str] | None) -> list[Path]:

@@ -87,7 +87,7 @@ class Run:
 
     def _finish(self, path: Path, weight: GptqWeight, report: Report) -> None:
         name = path_name(path)
-        if self.kept is not None and self.kept.load(name) is None:
+        if self.kept is not None and name not in self.kept:
             self.kept.save(name, weight, report)
         self.weights[path] = weight
         if self.on_layer is not None:
