@@ -1,6 +1,8 @@
-"""Large arrays made on the host, in memory that JAX takes over and that a CPU reads fast."""
+"""Memory of the host: arrays that JAX takes over as they are, and giving back what was freed."""
 
+import ctypes
 import math
+import sys
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -18,3 +20,12 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     memory = np.empty(count + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + count].view(dtype).reshape(shape)
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, where the C library would keep it (glibc).
+
+    Its arenas are per thread: what one of XLA's threads has freed is of no use to another.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)

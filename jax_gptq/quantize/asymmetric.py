@@ -8,7 +8,7 @@ from jax import Array
 
 
 @functools.partial(jax.jit, static_argnames="alpha")
-def asymmetric_target(W: Array, L: Array, rows: Array, cross: Array, alpha: float) -> Array:
+def asymmetric_target(W: Array, U: Array, rows: Array, cross: Array, alpha: float) -> Array:
     """The weights whose rounding makes quantized inputs give the float model's outputs.
 
     GPTAQ minimises |W^T x' - Wq^T x|^2, where x is what the layer is given behind quantized layers
@@ -18,16 +18,14 @@ def asymmetric_target(W: Array, L: Array, rows: Array, cross: Array, alpha: floa
 
     Args:
       W: f32 [K, N].
-      L: from `factoring.factor` of H in the order `rows`, f32 [size, size].
+      U: from `factoring.factor` of H in the order `rows`, f32 [size, size].
       rows: int32 [K].
       cross: C, f32 [K, K].
       alpha: how much of the shift is taken.
     """
-    pad = L.shape[0] - W.shape[0]
+    pad = U.shape[0] - W.shape[0]
     moved = jnp.matmul(cross, W, precision=jax.lax.Precision.HIGHEST)
     moved = jnp.pad(moved[rows], ((pad, 0), (0, 0)))
-    for transpose in (False, True):
-        moved = jax.lax.linalg.triangular_solve(
-            L, moved, left_side=True, lower=True, transpose_a=transpose
-        )
+    for transpose in (True, False):
+        moved = jax.lax.linalg.triangular_solve(U, moved, left_side=True, transpose_a=transpose)
     return W + alpha * jnp.zeros_like(W).at[rows].set(moved[pad:])

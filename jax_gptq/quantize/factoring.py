@@ -1,4 +1,4 @@
-"""Damped Cholesky factor of H in the order in which rows are solved."""
+"""Damped Cholesky factor of H, U^T U, in the order in which rows are solved."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from jax import Array
 from jax_gptq.errors import QuantizationError
 from jax_gptq.quantize.layout import part
 
-_PANEL = 512  # columns that are factored at once
+_PANEL = 256  # rows that are factored at once
 
 
 def factor(H: Array, rows: Array, size: int, damp: float, damp_step: float, where: str):
@@ -25,8 +25,8 @@ def factor(H: Array, rows: Array, size: int, damp: float, damp_step: float, wher
       where: "name: " for messages.
 
     Returns:
-      L f32 [size, size] lower triangular; the `damp` that it took; the number that this added to
-      the diagonal.
+      U f32 [size, size] upper triangular, with U^T U the damped H; the `damp` that it took; the
+      number that this added to the diagonal.
 
     Raises:
       QuantizationError: not positive definite even at damp = 1.
@@ -34,9 +34,9 @@ def factor(H: Array, rows: Array, size: int, damp: float, damp_step: float, wher
     used = damp
     while True:
         damped, added = _damped(H, rows, used, size)
-        L = _cholesky(damped)
-        if math.isfinite(float(jnp.sum(jnp.diagonal(L)))):
-            return L, used, float(added)
+        U = _cholesky(damped)
+        if math.isfinite(float(jnp.sum(jnp.diagonal(U)))):
+            return U, used, float(added)
         if used >= 1:
             raise QuantizationError(
                 f"{where}H: expected a positive semidefinite matrix, found one that has no "
@@ -48,33 +48,37 @@ def factor(H: Array, rows: Array, size: int, damp: float, damp_step: float, wher
 
 @functools.partial(jax.jit, static_argnames="size")
 def _damped(H: Array, rows: Array, damp: float, size: int) -> tuple[Array, Array]:
+    """The upper triangle of the damped H in the order `rows`, and what was added."""
     pad = size - rows.shape[0]
     diagonal = jnp.diagonal(H)
     dead = diagonal == 0
     added = damp * jnp.mean(jnp.where(dead, 1.0, diagonal))
     ordered = jnp.pad(H[rows[:, None], rows[None, :]], ((pad, 0), (pad, 0)))
-    ones = jnp.ones((pad,), H.dtype)
-    every = jnp.arange(size)
-    ordered = ordered.at[every, every].add(
-        jnp.concatenate([ones, (jnp.where(dead, 1.0, 0.0) + added)[rows]])
-    )
-    return ordered, added
+    more = jnp.pad((jnp.where(dead, 1.0, 0.0) + added)[rows], (pad, 0), constant_values=1.0)
+    row, column = jnp.arange(size)[:, None], jnp.arange(size)
+    # In one piece, for one matrix of memory.
+    return jnp.where(row <= column, ordered + jnp.where(row == column, more, 0.0), 0.0), added
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _cholesky(A: Array) -> Array:
-    """Panel of columns after panel, in the place of A: one call for all would hold it thrice."""
+    """Panel of rows after panel, in the place of A: one call for all would hold it thrice."""
     size = A.shape[0]
     for start in range(0, size, _PANEL):
         stop = min(start + _PANEL, size)
-        panel = A[start:, start:stop] - jnp.matmul(
-            A[start:, :start], A[start:stop, :start].T, precision=jax.lax.Precision.HIGHEST
+        width = stop - start
+        panel = A[start:stop, start:]
+        if start:
+            panel -= _product(A[:start, start:stop].T, A[:start, start:])
+        own = jax.lax.linalg.cholesky(part(panel[:, :width].T), symmetrize_input=False)
+        # Its inverse, as products of matrices run at twice the rate of triangular solves.
+        inverse = jax.lax.linalg.triangular_solve(
+            own, jnp.eye(width, dtype=A.dtype), left_side=True, lower=True
         )
-        panel = part(panel)
-        top = jax.lax.linalg.cholesky(panel[: stop - start], symmetrize_input=False)
-        below = jax.lax.linalg.triangular_solve(
-            top, panel[stop - start :], lower=True, transpose_a=True
-        )
-        zeros = jnp.zeros((start, stop - start), A.dtype)
-        A = A.at[:, start:stop].set(part(jnp.concatenate([zeros, top, below])))
+        right = _product(part(inverse), panel[:, width:])
+        A = A.at[start:stop, start:].set(jnp.concatenate([part(own.T), right], axis=1))
     return A
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

@@ -10,6 +10,7 @@ from jax.lax import dynamic_slice_in_dim, fori_loop
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_gptq.errors import BitsError, QuantizationError, ShapeError
+from jax_gptq.host import give_back
 from jax_gptq.quantize.asymmetric import asymmetric_target
 from jax_gptq.quantize.factoring import factor
 from jax_gptq.quantize.layout import part
@@ -117,11 +118,12 @@ def gptq(
     order = _order(diagonal, desc_act, act_group_aware, spec.group_size)
     rows = order[::-1]
 
-    L, used_damp, added = factor(H, rows, padded(count, spec.span), damp, damp_step, where)
+    U, used_damp, added = factor(H, rows, padded(count, spec.span), damp, damp_step, where)
+    give_back()
     if used_damp != damp:
         notes.append(f"H is singular: damp raised from {damp:g} to {used_damp:g}")
     if cross is not None:
-        W = asymmetric_target(W, L, rows, _checked_cross(cross, count, where), alpha)
+        W = asymmetric_target(W, U, rows, _checked_cross(cross, count, where), alpha)
 
     # Act-order makes groups of its own; all other groups are consecutive rows of W.
     own_groups = desc_act and not spec.static_groups
@@ -137,7 +139,7 @@ def gptq(
     width = panel_width(columns)
     for start in range(0, columns, width):
         w = _panel(W, dead, start, width)
-        solved, damped_loss, squares = solve(w, L, rows, spec)
+        solved, damped_loss, squares = solve(w, U, rows, spec)
         solution = grouped(solved, spec.static_groups)
         if refine:
             solution, before, after = refine_columns(
@@ -146,16 +148,17 @@ def gptq(
                 order if own_groups else None,
                 solution,
                 lambda *grids, w=w: grouped(
-                    solve_on_grids(w, L, rows, row_group, grids, fixed_spec), True
+                    solve_on_grids(w, U, rows, row_group, grids, fixed_spec), True
                 ),
                 spec,
             )
-        else:  # |e^T L|^2 is the loss with a damped H: the damping is taken off again
+        else:  # |U e|^2 is the loss with a damped H: the damping is taken off again
             before = after = damped_loss - added * squares
         gptq_loss, loss = gptq_loss + float(before.sum()), loss + float(after.sum())
         if own_groups:
             solution = Solution(solution.codes[back], *solution[1:])
         panels.append(pack_panel(solution, spec))
+        give_back()
 
     g_idx = back // spec.group_size if own_groups else None
     weight = joined(panels, g_idx, (count, columns), spec)

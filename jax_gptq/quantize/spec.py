@@ -38,8 +38,13 @@ class Spec:
 
 def sub_block(rows: int) -> int:
     """The largest divisor of `rows` up to 16; `rows` itself where there is none but small ones."""
-    best = max(d for d in range(1, min(_SUB_BLOCK, rows) + 1) if rows % d == 0)
+    best = largest_divisor(rows, _SUB_BLOCK)
     return best if best >= 4 or rows > 64 else rows
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Of `number`, up to `limit`."""
+    return max(d for d in range(1, min(limit, number) + 1) if number % d == 0)
 
 
 def padded(rows: int, multiple: int) -> int:
