@@ -4,8 +4,9 @@
 
 Shapes are K x N. Every number is checked first: sampled rows of the result against float64. Then a
 jitted chain of products over rotating weights, at least 256 MB of them so that none is left in the
-cache, is replayed; XLA records such a chain as CUDA graphs (command buffers). Reported is the
-median time of one product. Group size 128, asymmetric zero points, x in bfloat16.
+cache, is replayed; XLA records such a chain as CUDA graphs (command buffers). The contenders take
+turns, sample by sample; reported is the median time of one product. Group size 128, asymmetric zero
+points, x in bfloat16.
 
 Contenders: `ours` with bfloat16 scales (class A up to 16 rows, class B above), `ours f16 scales`,
 `dequantize` (class C: the weight is dequantized by a kernel and XLA multiplies), `reference` (the
@@ -95,23 +96,43 @@ def empty_results(product: Callable, x: jax.Array, weights: list) -> list[jax.Ar
     return [jnp.zeros(y.shape, y.dtype) for _ in weights]
 
 
-def microseconds(product: Callable, x: jax.Array, weights: list, seconds: float) -> float:
-    """Median over replays of a chain of the time of one product."""
-    run = chain(product)
-    y = jax.block_until_ready(run(x, weights, empty_results(product, x, weights)))
-    start = time.perf_counter()
-    y = jax.block_until_ready(run(x, weights, y))
-    # Several chains per sample, started one after the other, hide what the host does.
-    chains = max(2, min(50, int(0.02 / (time.perf_counter() - start))))
-    samples = []
-    begin = time.perf_counter()
-    while len(samples) < 5 or time.perf_counter() - begin < seconds:
+class Replay:
+    """A compiled chain of one contender, run on demand."""
+
+    def __init__(self, product: Callable, x: jax.Array, weights: list):
+        self._x, self._weights = x, weights
+        self._run = chain(product)
+        self._results = empty_results(product, x, weights)
+        self._time(1)  # compiles
+        # Several chains per sample, started one after the other, hide what the host does.
+        self._chains = max(2, min(50, int(0.02 / self._time(1))))
+
+    def microseconds(self) -> float:
+        """Of one product, in one sample."""
+        return self._time(self._chains) / self._chains * 1e6 / len(self._weights)
+
+    def _time(self, chains: int) -> float:
         start = time.perf_counter()
         for _ in range(chains):
-            y = run(x, weights, y)
-        jax.block_until_ready(y)
-        samples.append((time.perf_counter() - start) / chains)
-    return statistics.median(samples) * 1e6 / len(weights)
+            self._results = self._run(self._x, self._weights, self._results)
+        jax.block_until_ready(self._results)
+        return time.perf_counter() - start
+
+
+def medians(replays: dict[str, Replay], seconds: float) -> dict[str, float]:
+    """Microseconds of one product of each, sampled in turn for `seconds` each."""
+    samples = {name: [] for name in replays}
+    begin = time.perf_counter()
+    rounds = 0
+    while rounds < 5 or time.perf_counter() - begin < seconds * len(replays):
+        for name, replay in replays.items():
+            samples[name].append(replay.microseconds())
+        rounds += 1
+    return {name: round(statistics.median(taken), 2) for name, taken in samples.items()}
+
+
+def microseconds(product: Callable, x: jax.Array, weights: list, seconds: float) -> float:
+    return medians({"": Replay(product, x, weights)}, seconds)[""]
 
 
 def relative_error(y: jax.Array, x: jax.Array, dense: jax.Array) -> float:
@@ -215,13 +236,19 @@ def measure(k: int, n: int, rows: list[int], seconds: float) -> list[dict]:
                 weights[jnp.bfloat16],
                 dense,
             )
-        result = {"k": k, "n": n, "rows": m, "goal": goal(k, n, m), "us": {}, "error": {}}
-        for name, (product, rotation, checked, exact) in contenders.items():
+        result = {"k": k, "n": n, "rows": m, "goal": goal(k, n, m), "error": {}}
+        for name, (product, _, checked, exact) in contenders.items():
             if checked is not None:
                 error = relative_error(jax.jit(product)(x, checked), x, exact)
                 assert error < 5e-3, f"{name}, {k} x {n}, {m} rows: relative error {error}"
                 result["error"][name] = error
-            result["us"][name] = round(microseconds(product, x, rotation, seconds), 2)
+        result["us"] = medians(
+            {
+                name: Replay(product, x, rotation)
+                for name, (product, rotation, *_) in contenders.items()
+            },
+            seconds,
+        )
         results.append(result)
         times = "  ".join(f"{name} {us:.1f}" for name, us in result["us"].items())
         print(
