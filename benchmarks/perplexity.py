@@ -5,9 +5,10 @@
 MODEL_DIR is what `benchmarks/embedded/train.py` wrote: a float model, `train.txt` (calibration) and
 `held_back.txt` (never trained on, never calibrated on). Writes perplexity.csv, .md and .png.
 
-The divergence is the mean over positions of KL(float || quantized), in nats: how far predictions are
-from the float model's. Perplexity also counts whether they moved towards the one token that came or
-away from it, which at 8 bits is chance: hence the standard error of its difference from float.
+The divergence is the mean over positions of KL(float || quantized), in nats: how far predictions
+are from the float model's. Perplexity also counts whether they moved towards the one token that
+came or away from it, which at 8 bits is chance: hence the standard error of its difference from
+float.
 """
 
 import argparse

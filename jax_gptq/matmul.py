@@ -238,6 +238,9 @@ def _check_backend(x: Array, store: Store, backend: str | None, activations: str
             f"use backend=None"
         )
     reason = store.supports(x.dtype, activations)
+    # Where it was built, this registers its handlers; where not, it may be lowered for elsewhere.
+    if not ffi.has(backend.replace("-", "_")) and store.backends[backend] == jax.default_backend():
+        reason = reason or "its kernels were not built with this installation"
     if reason:
         raise BackendError(f'backend "{backend}": {reason}; use backend=None')
 

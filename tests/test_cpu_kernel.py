@@ -397,3 +397,26 @@ def test_the_handler_refuses_what_does_not_fit():
     broken = dataclasses.replace(store, tiles=store.tiles[:, :1])
     with pytest.raises(Exception, match="chunks"):
         jax.block_until_ready(run(jnp.ones((1, 64)), broken))
+
+
+def test_a_backend_asked_for_by_name_runs_in_a_fresh_process():
+    script = """
+import jax.numpy as jnp, jax_gptq
+from jax_gptq import GptqWeight
+weight = GptqWeight(
+    jnp.zeros((8, 3), jnp.uint32), jnp.ones((2, 3)), jnp.ones((2, 3), jnp.uint8), None, 4, 32, 64, 3
+)
+store = jax_gptq.prepare(weight, layout="cpu")
+y = jax_gptq.gptq_matmul(jnp.ones((1, 64)), store, backend="cpu")
+assert y.tolist() == [[-64.0] * 3], y
+"""
+    child = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
+def test_a_backend_that_was_not_built_is_refused(monkeypatch):
+    weight, _ = random_weight(np.random.default_rng(0), 64, 8)
+    store = jax_gptq.prepare(weight, layout="cpu")
+    monkeypatch.setattr(ffi, "has", lambda module: False)
+    with pytest.raises(jax_gptq.BackendError, match="not built"):
+        jax_gptq.gptq_matmul(jnp.ones((1, 64)), store, backend="cpu")
