@@ -5,8 +5,10 @@
 
 All contenders are timed in one process, a few calls each, in turn, round after round, so that
 whatever else the machine does hits all of them; what is reported is the median over the rounds of
-each contender's time, and of its ratio to this kernel in the same round. Every call reads another
-copy of the weights, out of more memory than the cache holds. Group size 128, symmetric.
+each contender's time, and of its ratio to this kernel in the same round. Every product reads
+another copy of the weights, out of more memory than the cache holds. What runs in JAX runs as it
+does in a model, several products in one jitted graph (`--products 1`: each a call of its own, which
+on several cores waits for threads to wake up). Group size 128, symmetric.
 
 Peers, where installed: onnxruntime (MatMulNBits, accuracy levels 1 and 4), openvino (u4 weights,
 f32 or dynamically quantized activations), torch (dense bf16, int4pack).
@@ -72,24 +74,46 @@ def copies(bytes_each: int) -> int:
     return max(2, math.ceil(128e6 / bytes_each))
 
 
-def ours(layer: Layer) -> dict[str, Callable[[np.ndarray], Call]]:
+def ours(layer: Layer, products: int) -> dict[str, Callable[[np.ndarray], Call]]:
     weight = layer.weight()
     stores = [jax_gptq.prepare(weight, layout="cpu") for _ in range(copies(layer.packed_bytes))]
-    exact = jax.jit(jax_gptq.gptq_matmul)
-    int8 = jax.jit(lambda x, s: jax_gptq.gptq_matmul(x, s, activations="int8"))
-
-    def make(f, dtype):
-        def with_x(x):
-            x = jnp.asarray(x, dtype)
-            return lambda i: f(x, stores[i % len(stores)]).block_until_ready()
-
-        return with_x
-
+    exact = chain(jax_gptq.gptq_matmul)
+    int8 = chain(lambda x, s: jax_gptq.gptq_matmul(x, s, activations="int8"))
     return {
-        OURS["float32"]: make(exact, jnp.float32),
-        OURS["bfloat16"]: make(exact, jnp.bfloat16),
-        OURS["int8"]: make(int8, jnp.float32),
+        OURS["float32"]: rotating(exact, jnp.float32, stores, products),
+        OURS["bfloat16"]: rotating(exact, jnp.bfloat16, stores, products),
+        OURS["int8"]: rotating(int8, jnp.float32, stores, products),
     }
+
+
+def chain(product: Callable) -> Callable:
+    """A jitted graph of products of x with some weights, each after the one before."""
+
+    @jax.jit
+    def run(x, weights):
+        for weight in weights:
+            y = product(x, weight)
+            x = x + 1e-30 * y[:, :1]  # the next product needs this one
+        return y
+
+    return run
+
+
+def rotating(run: Callable, dtype, weights: list, products: int) -> Callable[[np.ndarray], Call]:
+    """A contender whose calls run a chain of `products` over the next weights."""
+
+    def with_x(x):
+        x = jnp.asarray(x, dtype)
+
+        def call(i):
+            first = i * products
+            chosen = [weights[(first + j) % len(weights)] for j in range(products)]
+            return run(x, chosen).block_until_ready()
+
+        call.calls = products
+        return call
+
+    return with_x
 
 
 def packed_read(layer: Layer) -> dict[str, Callable[[np.ndarray], Call]]:
@@ -106,18 +130,15 @@ def packed_read(layer: Layer) -> dict[str, Callable[[np.ndarray], Call]]:
     return {"packed read": lambda x: read}
 
 
-def dense_jax(layer: Layer) -> dict[str, Callable[[np.ndarray], Call]]:
+def dense_jax(layer: Layer, products: int) -> dict[str, Callable[[np.ndarray], Call]]:
     w = layer.dense()
-    matmul = jax.jit(lambda x, w: x @ w)
+    matmul = chain(jnp.matmul)
     contenders = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         ws = [jnp.array(w, dtype) for _ in range(copies(w.nbytes // 4 * jnp.dtype(dtype).itemsize))]
-
-        def with_x(x, ws=ws, dtype=dtype):
-            x = jnp.asarray(x, dtype)
-            return lambda i: matmul(x, ws[i % len(ws)]).block_until_ready()
-
-        contenders[f"JAX dense {'f32' if dtype == jnp.float32 else 'bf16'}"] = with_x
+        contenders[f"JAX dense {'f32' if dtype == jnp.float32 else 'bf16'}"] = rotating(
+            matmul, dtype, ws, products
+        )
     return contenders
 
 
@@ -238,15 +259,21 @@ def torch_peer(layer: Layer) -> dict[str, Callable[[np.ndarray], Call]]:
 PEERS = {"onnxruntime": onnxruntime_peer, "openvino": openvino_peer, "torch": torch_peer}
 
 
-def contenders_of(layer: Layer) -> Iterator[tuple[str, Callable[[np.ndarray], Call]]]:
-    makers = [ours, packed_read, dense_jax]
+def contenders_of(
+    layer: Layer, products: int
+) -> Iterator[tuple[str, Callable[[np.ndarray], Call]]]:
+    yield from ours(layer, products).items()
+    yield from dense_jax(layer, products).items()
+    makers = [packed_read]
     makers += [peer for name, peer in PEERS.items() if importlib.util.find_spec(name)]
     for make in makers:
         yield from make(layer).items()
 
 
-def measure(layer: Layer, rows: list[int], rounds: int, clock: Callable[[], float]) -> list[dict]:
-    makers = dict(contenders_of(layer))
+def measure(
+    layer: Layer, rows: list[int], rounds: int, products: int, clock: Callable[[], float]
+) -> list[dict]:
+    makers = dict(contenders_of(layer, products))
     w = layer.dense()[:, :256].astype(np.float64)
     results = []
     for m in rows:
@@ -264,12 +291,12 @@ def measure(layer: Layer, rows: list[int], rounds: int, clock: Callable[[], floa
             for name, call in calls.items():
                 time.sleep(0.003)  # lets the threads of the contender before stop spinning
                 call(number)
-                repeats = 1 if hasattr(call, "calls") else max(2, 24 // m)
+                each = getattr(call, "calls", 1)
+                repeats = math.ceil(max(2, 96 // m) / each)
                 begin = clock()
                 for i in range(repeats):
                     call(number + 1 + i)
-                seconds = clock() - begin
-                times[name].append(seconds / (repeats * getattr(call, "calls", 1)))
+                times[name].append((clock() - begin) / (repeats * each))
         for name, seconds in times.items():
             to_ours = {
                 label: float(np.median(np.divide(seconds, times[label]))) for label in OURS.values()
@@ -350,6 +377,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", default="4096x4096,4096x14336,14336x4096")
     parser.add_argument("--rows", default="1,4,16,64,256")
+    parser.add_argument("--products", type=int, default=8, help="in one jitted graph")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu_matmul.json")
     args = parser.parse_args()
@@ -357,11 +385,12 @@ def main() -> None:
     results = []
     for shape in args.shapes.split(","):
         k, n = (int(v) for v in shape.split("x"))
-        results += measure(Layer(k, n), rows, args.rounds, CLOCKS[args.clock])
+        results += measure(Layer(k, n), rows, args.rounds, args.products, CLOCKS[args.clock])
     machine = {
         "cpu": cpu_name(),
         "threads": THREADS,
         "clock": args.clock,
+        "products": args.products,
         "kernel": ffi.load("cpu").kernel(),
         "jax": jax.__version__,
         "peers": {

@@ -418,5 +418,5 @@ def test_a_backend_that_was_not_built_is_refused(monkeypatch):
     weight, _ = random_weight(np.random.default_rng(0), 64, 8)
     store = jax_gptq.prepare(weight, layout="cpu")
     monkeypatch.setattr(ffi, "has", lambda module: False)
-    with pytest.raises(jax_gptq.BackendError, match="not built"):
+    with pytest.raises(jax_gptq.errors.BackendError, match="not built"):
         jax_gptq.gptq_matmul(jnp.ones((1, 64)), store, backend="cpu")
