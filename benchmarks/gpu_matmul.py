@@ -1,6 +1,6 @@
 """One 4-bit linear layer on a GPU, through the public API: this package beside cuBLAS in bf16.
 
-    python benchmarks/gpu_matmul.py [--shapes 4096x4096,...] [--rows 1,2,...] [--seconds 0.1]
+    python benchmarks/gpu_matmul.py [--shapes 4096x4096,...] [--rows 1,2,...] [--seconds 0.02]
 
 Shapes are K x N. Every number is checked first: sampled rows of the result against float64. Then a
 jitted chain of products over rotating weights, at least 256 MB of them so that none is left in the
@@ -47,6 +47,10 @@ GOALS = {
     256: (14.0, 45.0, 179.0),
     4096: (189.0, 662.0, 2650.0),
 }
+# Products of a chain, at least, below 128 rows.
+_PRODUCTS = 512
+# Seconds of one sample from 128 rows on: long enough to reach the limit of power.
+_LONG = 0.15
 GOAL_WEIGHTS = (4096 * 4096, 4096 * 14336, 8192 * 28672)
 Chain = Callable[[jax.Array, list, list[jax.Array]], list[jax.Array]]
 
@@ -72,21 +76,28 @@ def rotating(store: CudaStore, count: int) -> list[CudaStore]:
     return [dataclasses.replace(store, codes=make(key)) for key in keys]
 
 
-def chain(product: Callable) -> Chain:
-    """One product per weight, each after the one before.
+def chain(product: Callable, rounds: int) -> Chain:
+    """`rounds` times one product per weight, each product after the one before.
 
-    The results are written over those of the last run, which are donated: the recorded graph then
-    finds its buffers where they were and is launched as it is.
+    A loop on the device, as starting many products takes the host longer than they take. The
+    results are written over those of the last run, which are donated: the recorded graphs then find
+    their buffers where they were and are launched as they are.
     """
 
     @functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
     def run(x, weights, results):
-        results = []
-        for weight in weights:
-            y = product(x, weight)
-            x, y = jax.lax.optimization_barrier((x, y))
-            results.append(y)
-        return results
+        def body(_, carry):
+            x, results = carry[0], []
+            for weight in weights:
+                y = product(x, weight)
+                x, y = jax.lax.optimization_barrier((x, y))
+                results.append(y)
+            # The same x would let XLA take the products out of the loop.
+            return x * jnp.asarray(-1, x.dtype), results
+
+        if rounds == 1:
+            return body(0, (x, results))[1]
+        return jax.lax.fori_loop(0, rounds, body, (x, results))[1]
 
     return run
 
@@ -101,15 +112,21 @@ class Replay:
 
     def __init__(self, product: Callable, x: jax.Array, weights: list):
         self._x, self._weights = x, weights
-        self._run = chain(product)
+        self._rounds = -(-_PRODUCTS // len(weights)) if x.ndim == 2 and len(x) < 128 else 1
+        self._run = chain(product, self._rounds)
         self._results = empty_results(product, x, weights)
         self._time(1)  # compiles
-        # Several chains per sample, started one after the other, hide what the host does.
-        self._chains = max(2, min(50, int(0.02 / self._time(1))))
+        self._chain_seconds = self._time(1)
 
-    def microseconds(self) -> float:
-        """Of one product, in one sample."""
-        return self._time(self._chains) / self._chains * 1e6 / len(self._weights)
+    def microseconds(self, seconds: float) -> float:
+        """Of one product, over about `seconds`, after half as long that is not counted: until then
+        the clocks are those that the contender before left, once the device is at its power limit.
+        """
+        # Several chains, started one after the other, hide what the host does.
+        chains = max(2, int(seconds / self._chain_seconds))
+        self._time(chains // 2)
+        products = self._rounds * len(self._weights)
+        return self._time(chains) / chains * 1e6 / products
 
     def _time(self, chains: int) -> float:
         start = time.perf_counter()
@@ -120,14 +137,11 @@ class Replay:
 
 
 def medians(replays: dict[str, Replay], seconds: float) -> dict[str, float]:
-    """Microseconds of one product of each, sampled in turn for `seconds` each."""
+    """Microseconds of one product of each, from five samples of `seconds` each, taken in turn."""
     samples = {name: [] for name in replays}
-    begin = time.perf_counter()
-    rounds = 0
-    while rounds < 5 or time.perf_counter() - begin < seconds * len(replays):
+    for _ in range(5):
         for name, replay in replays.items():
-            samples[name].append(replay.microseconds())
-        rounds += 1
+            samples[name].append(replay.microseconds(seconds))
     return {name: round(statistics.median(taken), 2) for name, taken in samples.items()}
 
 
@@ -161,7 +175,7 @@ def graph_events(k: int = 4096, n: int = 4096) -> dict[str, int]:
     def product(x, w):
         return jax_gptq.gptq_matmul(x, w, backend="cuda")
 
-    run, weights = chain(product), rotating(store, 16)
+    run, weights = chain(product, 1), rotating(store, 16)
     y = empty_results(product, x, weights)
     for _ in range(3):
         y = run(x, weights, y)
@@ -242,12 +256,13 @@ def measure(k: int, n: int, rows: list[int], seconds: float) -> list[dict]:
                 error = relative_error(jax.jit(product)(x, checked), x, exact)
                 assert error < 5e-3, f"{name}, {k} x {n}, {m} rows: relative error {error}"
                 result["error"][name] = error
+        sample = seconds if m < 128 else max(seconds, _LONG)
         result["us"] = medians(
             {
                 name: Replay(product, x, rotation)
                 for name, (product, rotation, *_) in contenders.items()
             },
-            seconds,
+            sample,
         )
         results.append(result)
         times = "  ".join(f"{name} {us:.1f}" for name, us in result["us"].items())
@@ -295,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES, help="K x N, by commas")
     parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--seconds", type=float, default=0.05, help="of replays per number")
+    parser.add_argument("--seconds", type=float, default=0.02, help="of one sample, below 128 rows")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_matmul.json")
     args = parser.parse_args()
     if jax.default_backend() != "gpu" or not ffi.has("cuda"):

@@ -210,12 +210,14 @@ class CudaStore:
             group_size=np.int32(self.group_size),
             bits=np.int32(_held_bits(self.bits)),
         )
+        # Sums are f32 either way; without a bias the product rounds them, in no pass of its own.
         y = jax.lax.dot_general(
-            x, transposed, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            x,
+            transposed,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=x.dtype if bias is None else jnp.float32,
         )
-        if bias is not None:
-            y += bias.astype(jnp.float32)
-        return y.astype(x.dtype)
+        return y if bias is None else (y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def _held_bits(bits: int) -> int:

@@ -5,7 +5,7 @@ namespace jax_gptq::cuda {
 namespace {
 
 template <class T, int kBits>
-__global__ void __launch_bounds__(kDequantizeThreads, 3) dequantize(Problem p, uint16_t* weight) {
+__global__ void __launch_bounds__(kDequantizeThreads, 6) dequantize(Problem p, uint16_t* weight) {
   dequantize_block<T, kBits>(p, weight);
 }
 

@@ -13,7 +13,7 @@ namespace jax_gptq::cuda {
 
 constexpr int kDequantizeWarps = 8;
 constexpr int kDequantizeThreads = 32 * kDequantizeWarps;
-constexpr int kDequantizeSteps = 8;
+constexpr int kDequantizeSteps = 2;
 // Bytes between rows in shared memory: 16 modulo 128, against bank conflicts.
 constexpr int kDequantizePitch = kStepK * 2 + 16;
 constexpr int kDequantizeShared = kDequantizeWarps * kFragmentN * kDequantizePitch;
@@ -35,53 +35,58 @@ __device__ __forceinline__ void dequantize_block(const Problem& p, uint16_t* wei
   const int first_step = blockIdx.x % blocks_along_k * kDequantizeSteps + warp / 4;
   const uint32_t rows = shared_base() + warp * kFragmentN * kDequantizePitch;
 
+  const int n0 = tile * kTileN + fragment * kFragmentN;
+  const auto group_of = [&](int k) { return min(k / p.group_size, p.groups - 1); };
+  float scale[kStepsPerWarp][2];
+  uint32_t zero[kStepsPerWarp][2];
+  const auto load_group = [&](int i, int group) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t at = parameter_index(p.groups, group, n0 + lane / 4 + 8 * r);
+      scale[i][r] = load_scale_global(p.scales, at, p.scale_type);
+      zero[i][r] = ld_global_nc<uint8_t>(static_cast<const uint8_t*>(p.zeros) + at);
+    }
+  };
+
+  // Everything is asked for before anything is waited for.
   uint32_t words[kStepsPerWarp][4 * kLoads];
 #pragma unroll
   for (int i = 0; i < kStepsPerWarp; ++i) {
-    const int step = first_step + 2 * i;
+    const int step = min(first_step + 2 * i, steps - 1);
 #pragma unroll
     for (int half = 0; half < kLoads; ++half) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (step < steps) {
-        v = ld_global_nc<uint4>(static_cast<const char*>(p.codes) +
-                                lane_offset(kBits, steps, tile, step, half, fragment, lane));
-      }
+      const uint4 v =
+          ld_global_nc<uint4>(static_cast<const char*>(p.codes) +
+                              lane_offset(kBits, steps, tile, step, half, fragment, lane));
       words[i][4 * half] = v.x;
       words[i][4 * half + 1] = v.y;
       words[i][4 * half + 2] = v.z;
       words[i][4 * half + 3] = v.w;
     }
+    load_group(i, group_of(step * kStepK));
   }
 
-  const int n0 = tile * kTileN + fragment * kFragmentN;
-  int group = -1;
-  float scale[2] = {};
-  uint32_t zero[2] = {};
 #pragma unroll
   for (int i = 0; i < kStepsPerWarp; ++i) {
     const int step = first_step + 2 * i;
     if (step >= steps) break;
+    int group = group_of(step * kStepK);
 #pragma unroll
     for (int j = 0; j < kStepK / kFragmentK; ++j) {
-      const int next = min((step * kStepK + j * kFragmentK) / p.group_size, p.groups - 1);
-      if (next != group) {
-        group = next;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int64_t at = parameter_index(p.groups, group, n0 + lane / 4 + 8 * r);
-          scale[r] = load_scale_global(p.scales, at, p.scale_type);
-          zero[r] = prepare_zero<T, kBits>(
-              ld_global_nc<uint8_t>(static_cast<const uint8_t*>(p.zeros) + at));
-        }
+      if (fine_groups(p)) {
+        const int next = group_of(step * kStepK + j * kFragmentK);
+        if (next != group) load_group(i, group = next);
       }
+      const uint32_t zeros[2] = {prepare_zero<T, kBits>(zero[i][0]),
+                                 prepare_zero<T, kBits>(zero[i][1])};
       uint32_t a[4];
-      exact_fragment<T, kBits>(a, &words[i][j * kBits / 4], zero);
+      exact_fragment<T, kBits>(a, &words[i][j * kBits / 4], zeros);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const float2 exact = unpack2<T>(a[r]);
         const int row = lane / 4 + r % 2 * 8;
         st_shared(rows + row * kDequantizePitch + j * 32 + r / 2 * 16 + lane % 4 * 4,
-                  pack2<T>(exact.x * scale[r % 2], exact.y * scale[r % 2]));
+                  pack2<T>(exact.x * scale[i][r % 2], exact.y * scale[i][r % 2]));
       }
     }
     warp_sync();

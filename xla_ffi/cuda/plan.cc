@@ -10,6 +10,9 @@ namespace jax_gptq::cuda {
 namespace {
 
 constexpr int kMaxWorkspaceSplits = 16;
+// Weights of up to this many elements have too few tiles for class B on sm_90a to be ahead of class
+// A from 9 rows on.
+constexpr int64_t kSmallWeight = 4096 * 4096;
 
 // Groups of `size` blocks (1, 2, 4 or 8), one block per multiprocessor, that are resident at once.
 // A cluster lies within a processing cluster, whose numbers of multiprocessors are uneven: an H200
@@ -23,14 +26,16 @@ bool partial_sums_fit(const Problem& p, int splits) {
   return int64_t{splits} * p.m * tiles_n(p.n) * kTileN * 4 <= kWorkspaceBytes;
 }
 
-// As few splits of K as let x fit into shared memory: on an H100 no more are ever faster. No plan
-// (kernel kNone) where none do.
+// As few splits of K as let x fit into shared memory: on an H100 no more are ever faster, but for 9
+// to 16 rows, where each block reads half of so much x. No plan (kernel kNone) where none do.
 Plan plan_decode(const Problem& problem, const Device& device) {
   Problem p = problem;
   p.m = p.m == 1 ? 1 : p.m <= 4 ? 4 : p.m <= 8 ? 8 : kDecodeRows;
   const bool clusters = device.arch >= 90;
   const int most = clusters ? kMaxClusterSplits : kMaxWorkspaceSplits;
-  for (int splits = 1; splits <= most && splits <= ceil_div(p.k, kUnitK); splits *= 2) {
+  const bool halved = device.arch == 90 && p.m > 8 && ceil_div(p.k, kUnitK) > 1;
+  for (int splits = halved ? 2 : 1; splits <= most && splits <= ceil_div(p.k, kUnitK);
+       splits *= 2) {
     if (!clusters && splits > 1 && !partial_sums_fit(p, splits)) break;
     const int strips = decode_strips(p);
     const int groups = std::min(strips, resident_groups(device.processors, splits, clusters));
@@ -77,17 +82,17 @@ Plan plan_mma(const Problem& p, const Device& device) {
 
 Plan make_plan(const Problem& p, const Device& device) {
   if (p.m == 0 || !supported(device)) return {};
-  if (p.m > 8 && device.arch == 90 && wgmma_supported(p)) {
-    Plan plan;
-    plan.device = device;
-    plan.kernel = Kernel::kWgmma;
-    return plan;
-  }
-  if (p.m <= kDecodeRows) {
+  const bool wgmma = p.m > 8 && device.arch == 90 && wgmma_supported(p);
+  const bool small = int64_t{p.k} * p.n <= kSmallWeight;
+  if (p.m <= kDecodeRows && (small || !wgmma)) {
     const Plan plan = plan_decode(p, device);
     if (plan.kernel != Kernel::kNone) return plan;
   }
-  return plan_mma(p, device);
+  if (!wgmma) return plan_mma(p, device);
+  Plan plan;
+  plan.device = device;
+  plan.kernel = Kernel::kWgmma;
+  return plan;
 }
 
 }  // namespace jax_gptq::cuda

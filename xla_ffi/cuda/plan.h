@@ -50,7 +50,7 @@ struct Device {
 
 enum class Kernel : int {
   kNone,    // no rows: nothing to launch
-  kDecode,  // m <= 16 (sm_90a: 8), scales on f32 accumulators
+  kDecode,  // m <= 16 (sm_90a: 8, small weights 16), scales on f32 accumulators
   kMma,     // larger m, mma.sync, weights rounded once
   kWgmma,   // larger m, sm_90a, weights rounded once
 };
