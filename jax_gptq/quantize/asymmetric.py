@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jax_gptq.quantize.product import product
+
 
 @functools.partial(jax.jit, static_argnames="alpha")
 def asymmetric_target(W: Array, U: Array, rows: Array, cross: Array, alpha: float) -> Array:
@@ -24,7 +26,7 @@ def asymmetric_target(W: Array, U: Array, rows: Array, cross: Array, alpha: floa
       alpha: how much of the shift is taken.
     """
     pad = U.shape[0] - W.shape[0]
-    moved = jnp.matmul(cross, W, precision=jax.lax.Precision.HIGHEST)
+    moved = product(cross, W)
     moved = jnp.pad(moved[rows], ((pad, 0), (0, 0)))
     for transpose in (True, False):
         moved = jax.lax.linalg.triangular_solve(U, moved, left_side=True, transpose_a=transpose)

@@ -14,6 +14,7 @@ from jax import Array
 from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim, fori_loop
 
 from jax_gptq.quantize.grid import dequantize_codes, storable_scales
+from jax_gptq.quantize.product import product
 from jax_gptq.quantize.solution import Solution
 from jax_gptq.quantize.spec import Spec, padded, sub_block
 
@@ -87,7 +88,7 @@ def _span_step(rows_of, spec, span, unit, i, state):
     errors, codes, scales, zeros = state
     start = i * span
     coupling = rows_of(start, span)
-    gradient = _matmul(coupling, errors)
+    gradient = product(coupling, errors)
     coupling = dynamic_slice_in_dim(coupling, start, span, axis=1)
     whole_groups = spec.group_size <= span
     columns = errors.shape[1]
@@ -101,11 +102,11 @@ def _span_step(rows_of, spec, span, unit, i, state):
         scale, zero = scales[group], zeros[group]
         own_gradient = dynamic_slice_in_dim(gradient, top, unit)
         if unit < span:  # what the units before have changed
-            own_gradient += _matmul(dynamic_slice_in_dim(coupling, top, unit), changes)
+            own_gradient += product(dynamic_slice_in_dim(coupling, top, unit), changes)
         own_changes, own_codes = _unit_codes(own, own_gradient, own_codes, scale, spec.bits)
         codes = dynamic_update_slice_in_dim(codes, own_codes, start + top, 0)
         if whole_groups:
-            own_gradient += _matmul(own, own_changes)
+            own_gradient += product(own, own_changes)
             grid, change = _regrid(own, own_gradient, own_codes, scale, zero, spec)
             scales, zeros = (x.at[group].set(v) for x, v in zip((scales, zeros), grid))
             own_changes += change
@@ -127,7 +128,7 @@ def _group_step(rows_of, spec, group, state):
     own_codes = dynamic_slice_in_dim(codes, start, size)
     grid, change = _regrid(
         dynamic_slice_in_dim(rows, start, size, axis=1),
-        _matmul(rows, errors),
+        product(rows, errors),
         own_codes,
         scales[group],
         zeros[group],
@@ -150,7 +151,7 @@ def _unit_codes(own, gradient, codes, scale, bits):
         changes, codes = carry
         top = k * sub
         coupling = dynamic_slice_in_dim(own, top, sub)
-        sub_gradient = dynamic_slice_in_dim(gradient, top, sub) + _matmul(coupling, changes)
+        sub_gradient = dynamic_slice_in_dim(gradient, top, sub) + product(coupling, changes)
         sub_coupling = dynamic_slice_in_dim(coupling, top, sub, axis=1)
         curvature = jnp.diagonal(sub_coupling)
         # A dead row has no curvature, and no gradient either: its code stays.
@@ -188,7 +189,7 @@ def _regrid(own, gradient, codes, scale, zero, spec):
       (scale, zero) and the change of the errors [rows, N].
     """
     centred = codes - zero
-    curved = _matmul(own, centred)
+    curved = product(own, centred)
     slope = jnp.sum(centred * gradient, axis=0)
     curvature = jnp.sum(centred * curved, axis=0)
     best = scale + slope / jnp.where(curvature > 0, curvature, 1)
@@ -216,10 +217,6 @@ def _loss(rows_of, errors: Array) -> Array:
 
     def add(i, loss):
         own = dynamic_slice_in_dim(errors, i * rows, rows)
-        return loss + jnp.sum(own * _matmul(rows_of(i * rows, rows), errors), axis=0)
+        return loss + jnp.sum(own * product(rows_of(i * rows, rows), errors), axis=0)
 
     return fori_loop(0, size // rows, add, jnp.zeros((errors.shape[1],)))
-
-
-def _matmul(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

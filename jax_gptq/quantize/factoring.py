@@ -9,6 +9,7 @@ from jax import Array
 
 from jax_gptq.errors import QuantizationError
 from jax_gptq.quantize.layout import part
+from jax_gptq.quantize.product import product
 
 _PANEL = 256  # rows that are factored at once
 
@@ -69,16 +70,12 @@ def _cholesky(A: Array) -> Array:
         width = stop - start
         panel = A[start:stop, start:]
         if start:
-            panel -= _product(A[:start, start:stop].T, A[:start, start:])
+            panel -= product(A[:start, start:stop].T, A[:start, start:])
         own = jax.lax.linalg.cholesky(part(panel[:, :width].T), symmetrize_input=False)
         # Its inverse, as products of matrices run at twice the rate of triangular solves.
         inverse = jax.lax.linalg.triangular_solve(
             own, jnp.eye(width, dtype=A.dtype), left_side=True, lower=True
         )
-        right = _product(part(inverse), panel[:, width:])
+        right = product(part(inverse), panel[:, width:])
         A = A.at[start:stop, start:].set(jnp.concatenate([part(own.T), right], axis=1))
     return A
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

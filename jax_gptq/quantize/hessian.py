@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_gptq.errors import ShapeError
+from jax_gptq.quantize.product import product
 
 
 class Hessian:
@@ -45,5 +46,4 @@ class Hessian:
 @jax.jit(donate_argnums=0)
 def _accumulate(total: Array, non_finite: Array, x: Array) -> tuple[Array, Array]:
     x = x.astype(jnp.float32)
-    product = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
-    return total + product, non_finite + jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
+    return total + product(x.T, x), non_finite + jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)

@@ -16,6 +16,7 @@ from jax_gptq.quantize.factoring import factor
 from jax_gptq.quantize.layout import part
 from jax_gptq.quantize.order import act_order, group_aware_order
 from jax_gptq.quantize.panels import joined, pack_panel, panel_width
+from jax_gptq.quantize.product import product
 from jax_gptq.quantize.refine import refine as refine_columns
 from jax_gptq.quantize.report import Report
 from jax_gptq.quantize.solution import Solution, in_natural_order
@@ -214,7 +215,7 @@ def _relative_loss(W: Array, H: Array, weight: GptqWeight) -> Array:
     w = W[:, columns]
 
     def power(x):
-        return jnp.sum(x * jnp.matmul(H, x, precision=jax.lax.Precision.HIGHEST))
+        return jnp.sum(x * product(H, x))
 
     whole = power(w)
     return jnp.where(whole > 0, power(w - dequantize(some)) / whole, 0.0)

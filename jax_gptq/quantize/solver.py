@@ -25,6 +25,7 @@ from jax.lax import dynamic_slice, dynamic_slice_in_dim, dynamic_update_slice_in
 
 from jax_gptq.quantize.grid import dequantize_codes, group_grid, round_codes
 from jax_gptq.quantize.layout import part
+from jax_gptq.quantize.product import product
 from jax_gptq.quantize.solution import Solution
 from jax_gptq.quantize.spec import Spec, largest_divisor, padded, sub_block
 
@@ -73,7 +74,7 @@ def _solve(W, U, rows, row_group, given, spec):
     def solve_span(start, stage_start, a, carry):
         errors, codes, scales, zeros, loss = carry
         # Rows of the stage that are not solved have no errors yet.
-        a = dynamic_slice_in_dim(a, start - stage_start, span) + _product(
+        a = dynamic_slice_in_dim(a, start - stage_start, span) + product(
             dynamic_slice(U, (start, stage_start), (span, stage)),
             dynamic_slice_in_dim(errors, stage_start, stage),
         )
@@ -106,7 +107,7 @@ def _solve(W, U, rows, row_group, given, spec):
 
         def add(p, a):
             coupling = dynamic_slice(U, (start, p * stage), (stage, stage))
-            return a + _product(coupling, dynamic_slice_in_dim(carry[0], p * stage, stage))
+            return a + product(coupling, dynamic_slice_in_dim(carry[0], p * stage, stage))
 
         a = fori_loop(stages - i, stages, add, jnp.zeros((stage, columns)))
         return fori_loop(
@@ -170,7 +171,7 @@ def _solve_span(w, a, factor, scales, zeros, bits):
         errors, codes, loss = carry
         top = rows - (k + 1) * sub
         block = [dynamic_slice_in_dim(x, top, sub) for x in (w, a, scales, zeros)]
-        block[1] += _product(dynamic_slice_in_dim(factor, top, sub), errors)
+        block[1] += product(dynamic_slice_in_dim(factor, top, sub), errors)
         own = dynamic_slice(factor, (top, top), (sub, sub))
         own_errors, own_codes, own_loss = _solve_rows(block, own, bits)
         return (
@@ -203,7 +204,3 @@ def _solve_rows(block, factor, bits):
     a, codes = fori_loop(0, rows, solve_row, (a, jnp.zeros_like(w)))
     errors = w - dequantize_codes(codes, scales, zeros)
     return errors, codes.astype(jnp.uint8), jnp.sum(a * a, axis=0)
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jax_gptq.quantize.product import product
 from jax_gptq.quantize.run import Path
 
 
@@ -106,18 +107,14 @@ def call(graph, state, arguments: tuple):
 def moments(inputs: list[Array]) -> tuple[Array, Array, Array]:
     """sum x x^T f32 [K, K] over inputs [..., K]; their rows; how many elements are not finite."""
     x = _rows(inputs)
-    return _product(x, x), jnp.array(x.shape[0]), jnp.sum(~jnp.isfinite(x))
+    return product(x.T, x), jnp.array(x.shape[0]), jnp.sum(~jnp.isfinite(x))
 
 
 def cross(inputs: list[Array], wanted: list[Array]) -> Array:
     """sum x (x' - x)^T f32 [K, K] over inputs x and those of the float model x', for GPTAQ."""
     x = _rows(inputs)
-    return _product(x, _rows(wanted) - x)
+    return product(x.T, _rows(wanted) - x)
 
 
 def _rows(inputs: list[Array]) -> Array:
     return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in inputs]).astype(jnp.float32)
-
-
-def _product(x: Array, y: Array) -> Array:
-    return jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
