@@ -8,7 +8,7 @@ cache, is replayed; XLA records such a chain as CUDA graphs (command buffers). T
 turns, sample by sample; reported is the median time of one product. Group size 128, asymmetric zero
 points, x in bfloat16.
 
-Contenders: `ours` with bfloat16 scales (class A up to 16 rows, class B above), `ours f16 scales`,
+Contenders: `ours` with bfloat16 scales (class A for few rows, class B above), `ours f16 scales`,
 `dequantize` (class C: the weight is dequantized by a kernel and XLA multiplies), `reference` (the
 jnp path) and `cublas` (x @ W with W in bfloat16).
 

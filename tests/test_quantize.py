@@ -73,6 +73,8 @@ def oracle(W, H, *, bits, group_size, sym, order, static=False, damp=0.01) -> np
         (96, 9, 4, 32, False, True, True),
         (33, 1, 4, 128, True, False, False),
         (320, 11, 3, 160, True, False, False),
+        (1030, 6, 4, 128, True, False, False),
+        (1100, 5, 3, 32, False, True, False),
     ],
 )
 def test_plain_gptq_is_the_papers(k, n, bits, group_size, sym, desc_act, static):
