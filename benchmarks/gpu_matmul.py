@@ -47,9 +47,10 @@ GOALS = {
     256: (14.0, 45.0, 179.0),
     4096: (189.0, 662.0, 2650.0),
 }
-# Products of a chain, at least, below 128 rows.
+# Below so many rows a chain has `_PRODUCTS` products at least; from there on a sample takes `_LONG`
+# seconds, enough to reach the limit of power.
+_MANY_ROWS = 128
 _PRODUCTS = 512
-# Seconds of one sample from 128 rows on: long enough to reach the limit of power.
 _LONG = 0.15
 GOAL_WEIGHTS = (4096 * 4096, 4096 * 14336, 8192 * 28672)
 Chain = Callable[[jax.Array, list, list[jax.Array]], list[jax.Array]]
@@ -112,7 +113,7 @@ class Replay:
 
     def __init__(self, product: Callable, x: jax.Array, weights: list):
         self._x, self._weights = x, weights
-        self._rounds = -(-_PRODUCTS // len(weights)) if x.ndim == 2 and len(x) < 128 else 1
+        self._rounds = -(-_PRODUCTS // len(weights)) if len(x) < _MANY_ROWS else 1
         self._run = chain(product, self._rounds)
         self._results = empty_results(product, x, weights)
         self._time(1)  # compiles
@@ -256,7 +257,7 @@ def measure(k: int, n: int, rows: list[int], seconds: float) -> list[dict]:
                 error = relative_error(jax.jit(product)(x, checked), x, exact)
                 assert error < 5e-3, f"{name}, {k} x {n}, {m} rows: relative error {error}"
                 result["error"][name] = error
-        sample = seconds if m < 128 else max(seconds, _LONG)
+        sample = seconds if m < _MANY_ROWS else max(seconds, _LONG)
         result["us"] = medians(
             {
                 name: Replay(product, x, rotation)

@@ -239,8 +239,10 @@ def _check_backend(x: Array, store: Store, backend: str | None, activations: str
         )
     reason = store.supports(x.dtype, activations)
     # Where it was built, this registers its handlers; where not, it may be lowered for elsewhere.
-    if not ffi.has(backend.replace("-", "_")) and store.backends[backend] == jax.default_backend():
-        reason = reason or "its kernels were not built with this installation"
+    if not ffi.has(backend.replace("-", "_")):
+        here = jax.default_backend()
+        if store.backends[backend] == ("cuda" if here == "gpu" else here):
+            reason = reason or "its kernels were not built with this installation"
     if reason:
         raise BackendError(f'backend "{backend}": {reason}; use backend=None')
 

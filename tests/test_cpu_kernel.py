@@ -420,3 +420,12 @@ def test_a_backend_that_was_not_built_is_refused(monkeypatch):
     monkeypatch.setattr(ffi, "has", lambda module: False)
     with pytest.raises(jax_gptq.errors.BackendError, match="not built"):
         jax_gptq.gptq_matmul(jnp.ones((1, 64)), store, backend="cpu")
+
+
+def test_cuda_kernels_that_were_not_built_are_refused_on_a_gpu(monkeypatch):
+    weight, _ = random_weight(np.random.default_rng(0), 64, 8)
+    store = jax_gptq.prepare(weight, layout="cuda")
+    monkeypatch.setattr(ffi, "has", lambda module: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(jax_gptq.errors.BackendError, match="not built"):
+        jax_gptq.gptq_matmul(jnp.ones((1, 64), jnp.bfloat16), store, backend="cuda")

@@ -16,7 +16,7 @@ from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim, fori_loop
 from jax_gptq.quantize.grid import dequantize_codes, storable_scales
 from jax_gptq.quantize.product import product
 from jax_gptq.quantize.solution import Solution
-from jax_gptq.quantize.spec import Spec, padded, sub_block
+from jax_gptq.quantize.spec import Spec, largest_divisor, padded, sub_block
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "sweeps"))
@@ -213,7 +213,7 @@ def _regrid(own, gradient, codes, scale, zero, spec):
 def _loss(rows_of, errors: Array) -> Array:
     """e^T H e per column, in blocks of rows, so that H e is never held whole."""
     size = errors.shape[0]
-    rows = next(b for b in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if size % b == 0)
+    rows = largest_divisor(size, 512)
 
     def add(i, loss):
         own = dynamic_slice_in_dim(errors, i * rows, rows)

@@ -68,9 +68,7 @@ def _cholesky(A: Array) -> Array:
     for start in range(0, size, _PANEL):
         stop = min(start + _PANEL, size)
         width = stop - start
-        panel = A[start:stop, start:]
-        if start:
-            panel -= product(A[:start, start:stop].T, A[:start, start:])
+        panel = A[start:stop, start:] - product(A[:start, start:stop].T, A[:start, start:])
         own = jax.lax.linalg.cholesky(part(panel[:, :width].T), symmetrize_input=False)
         # Its inverse, as products of matrices run at twice the rate of triangular solves.
         inverse = jax.lax.linalg.triangular_solve(
