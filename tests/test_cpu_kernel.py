@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from oracle import random_weight
+from oracle import random_weight, rel_error
 
 import jax_gptq
 from jax_gptq import ffi
+from jax_gptq.models.table import table_logits
 from jax_gptq.packing import pack_codes, unpack_codes
 from jax_gptq.stores.cpu import CpuStore
 from jax_gptq.weight import GptqWeight
@@ -122,6 +123,22 @@ def test_every_kernel_gives_the_same_bits():
                 outputs.append(np.asarray(run(x, store)))
             module.use_kernel()
             assert all(same_bits(y, outputs[0]) for y in outputs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_kernel_gives_the_same_bits_of_table_logits(dtype):
+    rng = np.random.default_rng(4)
+    table = rng.standard_normal((301, 203)).astype(dtype)
+    table[:5] *= 2.0**-14  # subnormal in float16
+    x = rng.standard_normal((6, 203)).astype(np.float32)
+    module, outputs = ffi.load("cpu"), []
+    for name in KERNELS:
+        module.use_kernel(name)
+        outputs.append(np.asarray(jax.jit(table_logits)(x, table)))
+        module.use_kernel()
+    assert rel_error(outputs[0][:, :5], x @ table[:5].astype(np.float64).T) < 1e-6
+    assert rel_error(outputs[0], x @ table.astype(np.float64).T) < 1e-6
+    assert all(same_bits(y, outputs[0]) for y in outputs)
 
 
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
@@ -360,7 +377,7 @@ os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]} if %(pinned)r else
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax_gptq.stores.cpu import CpuStore
 sys.path.insert(0, %(tests)r)
-from oracle import random_weight
+from oracle import random_weight, rel_error
 from test_cpu_kernel import run
 rng = np.random.default_rng(0)
 stores = [CpuStore.pack(random_weight(rng, 256, 256, group_size=64)[0]) for _ in range(16)]

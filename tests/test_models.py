@@ -47,6 +47,24 @@ def test_logits(folder):
     assert rel_error(logits, answers["logits"]) < logits_tolerance(folder)
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_table_stays_in_16_bits_under_float32(tmp_path, stored):
+    """It would take twice the memory, and twice the time of a token, for the same logits."""
+    model = jax_gptq.models.new_model(tiny(), dtype=stored, rngs=nnx.Rngs(0))
+    save_file(dict(jax_gptq.models.float_tensors(model)), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    ids = np.arange(14).reshape(2, 7)
+    loaded = jax_gptq.models.load(tmp_path, dtype=jnp.float32)
+    assert loaded.embed(ids).dtype == jnp.float32
+    logits = loaded(ids)
+    for table in (loaded.model.embed_tokens, loaded.lm_head):
+        assert table.weight.dtype == stored
+        table.weight = nnx.Param(table.weight[...].astype(jnp.float32))
+    assert rel_error(loaded(ids), logits) < 1e-6
+    other = {"bfloat16": "float16", "float16": "bfloat16"}[stored]
+    assert jax_gptq.models.load(tmp_path, dtype=other).model.embed_tokens.weight.dtype == other
+
+
 @needs_checkpoints
 def test_dtype_leaves_scales_alone():
     model = jax_gptq.models.load(FOLDERS[-1])
@@ -215,17 +233,25 @@ def test_input_ids_are_checked():
 
 
 @pytest.mark.host
-def test_bfloat16_table():
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_table_in_16_bits(dtype):
     """The native kernel, where it is built, and the rule of its gradient."""
     rng = np.random.default_rng(0)
-    for rows, features, count in [(1, 64, 33), (5, 100, 257), (4, 130, 7), (9, 3, 300)]:
+    for rows, features, count in [
+        (1, 64, 33),
+        (5, 100, 257),
+        (4, 130, 7),
+        (9, 3, 300),
+        (70, 65, 9),
+    ]:
         x = rng.standard_normal((rows, features)).astype(np.float32)
-        table = jnp.asarray(rng.standard_normal((count, features)), jnp.bfloat16)
+        table = jnp.asarray(rng.standard_normal((count, features)), dtype)
         exact = x.astype(np.float64) @ np.asarray(table, np.float64).T
         logits = jax.jit(table_logits)(x, table)
         assert logits.dtype == jnp.float32
         assert rel_error(logits, exact) < 1e-6
-        np.testing.assert_array_equal(table_logits(x[:1], table), logits[:1])
+        if rows < 70:  # more than the native kernel takes
+            np.testing.assert_array_equal(table_logits(x[:1], table), logits[:1])
         wide = table.astype(jnp.float32)
         found = jax.grad(lambda x, t: (table_logits(x, t) ** 2).sum(), (0, 1))(x, wide)
         dy = 2 * (x @ np.asarray(wide).T)

@@ -18,7 +18,7 @@ from jax_gptq.cli import main
 from jax_gptq.errors import MissingTensorError, ModelError, QuantizationError
 from jax_gptq.models import float_tensors, linears, load, new_model
 from jax_gptq.models.config import from_hf
-from jax_gptq.quantize import QuantizeConfig, gptq, quantize_model
+from jax_gptq.quantize import QuantizeConfig, gptq, quantize_model, round_head
 
 HF = {
     "architectures": ["LlamaForCausalLM"],
@@ -192,6 +192,31 @@ def test_saved_and_loaded_again(model, batches, tmp_path, checkpoint_format, des
     np.testing.assert_array_equal(again(batches[0]), result(batches[0]))
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert (stored["checkpoint_format"], stored["desc_act"]) == (checkpoint_format, desc_act)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_head(model, batches, quantized, tmp_path, bits, dtype):
+    """Tied: the table that the tokens are looked up in stays."""
+    nnx_model = quantized[0]
+    table = nnx_model.model.embed_tokens
+    table_before = table.weight[...]
+    table.weight = nnx.Param(table_before.astype(dtype))
+    rounded = round_head(nnx_model, bits=bits, group_size=16)
+    assert nnx_model.head is table and rounded.model.embed_tokens.weight.dtype == dtype
+    weight = jax_gptq.stores.logical_weight(rounded.lm_head.weight.get_value())
+    assert weight.bits == bits and weight.shape == (32, 256)
+    error = np.abs(np.asarray(jax_gptq.dequantize(weight)) - np.asarray(table.weight[...], float).T)
+    assert error.max() <= 0.57 * float(weight.scales.max())  # f16: 127.5 times 2^-11 of a step
+    expected = np.asarray(nnx_model(batches[0]))
+    found = np.asarray(rounded(batches[0]))
+    assert np.linalg.norm(found - expected) < 2.0 ** (1 - bits) * np.linalg.norm(expected)
+    jax_gptq.save_checkpoint(rounded, tmp_path)
+    again = load(tmp_path, dtype=jnp.float32)
+    np.testing.assert_array_equal(again(batches[0]), found)
+    with pytest.raises(QuantizationError, match="found a quantized layer"):
+        round_head(again)
+    table.weight = nnx.Param(table_before)
 
 
 def write_model_folder(model, folder) -> None:

@@ -19,7 +19,8 @@ from jax_gptq.models.inputs import checked_ids, token_positions
 class CausalLM(nnx.Module):
     """A decoder-only language model; attribute paths are the checkpoint's module names.
 
-    A subclass provides `blocks`, `embed` and `logits`. The layer-by-layer form of `model(ids)` is
+    A subclass provides `blocks`, `head`, `embed` and `logits`. The layer-by-layer form of
+    `model(ids)` is
 
         x, context = model.embed(ids), model.context(ids)
         for block in model.blocks:
@@ -28,15 +29,22 @@ class CausalLM(nnx.Module):
 
     Attributes:
       config: the `DecoderConfig`.
+      lm_head: the output head, where it is not the embedding's table.
       folded_act_order: columns were reordered for speed (see `load`); not to be saved.
     """
 
     config: DecoderConfig
+    lm_head: Any
     folded_act_order: bool = False
 
     @property
     def blocks(self) -> Sequence[Any]:
         """The blocks in order, called as block(x, context) and block.step(x, context, cached)."""
+        raise NotImplementedError
+
+    @property
+    def head(self) -> Any:
+        """The output head: an `Embedding`, maybe that of the tokens, or a quantized layer."""
         raise NotImplementedError
 
     def embed(self, input_ids: Array, positions: Array | None = None) -> Array:

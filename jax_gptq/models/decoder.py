@@ -129,14 +129,17 @@ class Decoder(CausalLM):
     def blocks(self) -> nnx.List:
         return self.model.layers
 
+    @property
+    def head(self) -> Any:
+        return self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
+
     def embed(self, input_ids: Array, positions: Array | None = None) -> Array:
         x = self.model.embed_tokens(input_ids)
         scale = self.config.embedding_scale
         return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
     def logits(self, x: Array) -> Array:
-        head = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
-        return head_logits(self.config, head, self.model.norm(x))
+        return head_logits(self.config, self.head, self.model.norm(x))
 
 
 def _norm(config: DecoderConfig, features: int, dtype: DTypeLike) -> RMSNorm:

@@ -1,5 +1,7 @@
 """`GPT2`: learned positions, LayerNorm, one fused projection for queries, keys and values."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -100,10 +102,13 @@ class GPT2(CausalLM):
     def blocks(self) -> nnx.List:
         return self.transformer.h
 
+    @property
+    def head(self) -> Any:
+        return self.transformer.wte if self.config.tie_embeddings else self.lm_head
+
     def embed(self, input_ids: Array, positions: Array | None = None) -> Array:
         positions = token_positions(input_ids) if positions is None else positions
         return self.transformer.wte(input_ids) + self.transformer.wpe(positions)
 
     def logits(self, x: Array) -> Array:
-        head = self.transformer.wte if self.config.tie_embeddings else self.lm_head
-        return head_logits(self.config, head, self.transformer.ln_f(x))
+        return head_logits(self.config, self.head, self.transformer.ln_f(x))

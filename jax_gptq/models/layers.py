@@ -114,18 +114,23 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table [count, features]; read by rows, or as an output head (tied or not) by all."""
+    """A table [count, features]; read by rows, or as an output head (tied or not) by all.
+
+    Attributes:
+      dtype: of what the rows are given in; the table may be stored in another one.
+    """
 
     def __init__(self, count: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         table = _INIT(rngs.params(), (count, features), dtype)
         self.weight = nnx.Param(table)
+        self.dtype = dtype
 
     def __call__(self, ids: Array) -> Array:
         """ids int [...] -> [..., features]."""
         # Behind the barrier a 16-bit table is not loop-invariant: XLA's CPU backend would gather
         # from a float32 copy of all of it, made ahead of the loop over tokens.
         table, ids = jax.lax.optimization_barrier((self.weight[...], ids))
-        return jnp.take(table, ids, axis=0)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
 
     def logits(self, x: Array) -> Array:
         """x [..., features] -> f32 [..., count]: the table as the output head."""

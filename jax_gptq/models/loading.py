@@ -49,8 +49,8 @@ def load(
 
     Args:
       path: the folder.
-      dtype: of activations, embeddings and float layers. Packed weights, their scales and biases,
-        and norms stay as they were stored.
+      dtype: of activations and float layers. Packed weights, their scales and biases, and norms
+        stay as they were stored, and so do embeddings whose every value this dtype holds.
       layout: for `jax_gptq.prepare`; None: for the default device.
       fold_act_order: for inference, bake the act-order of each `down_proj` into the columns of
         gate and up, which saves its gather. Such a model cannot be saved.
@@ -180,10 +180,12 @@ class _Reader:
         return tensor
 
     def fill(self, name: str, module: nnx.Module) -> None:
-        """A norm, in its stored dtype, or an embedding in the model's."""
+        """A norm or an embedding, as stored; an embedding only if the model's dtype holds it."""
         for child, value in _params(module):
             tensor = self.tensor(f"{name}.{child}", value.shape)
-            dtype = self.dtype if isinstance(module, Embedding) else tensor.dtype
+            dtype = tensor.dtype
+            if isinstance(module, Embedding) and jnp.promote_types(dtype, self.dtype) != self.dtype:
+                dtype = self.dtype
             values = host.empty(tensor.shape, dtype)
             values[...] = tensor
             setattr(module, child, nnx.Param(jax.device_put(values)))

@@ -1,7 +1,7 @@
 """GPTQ: from float layers and calibration data to quantized ones.
 
 `gptq`, `rtn` and `Hessian` work on arrays; `quantize_model` (the decoders of `jax_gptq.models` and
-any NNX module) and `quantize_linen` need flax and load on first use.
+any NNX module), `quantize_linen` and `round_head` need flax and load on first use.
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ __all__ = [
     "gptq",
     "quantize_linen",
     "quantize_model",
+    "round_head",
     "rtn",
 ]
 
@@ -31,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from jax_gptq.quantize.linen import quantize_linen
 
         return quantize_linen
+    if name == "round_head":
+        from jax_gptq.quantize.head import round_head
+
+        return round_head
     raise AttributeError(f"module 'jax_gptq.quantize' has no attribute {name!r}")

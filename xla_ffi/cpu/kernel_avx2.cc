@@ -1,6 +1,7 @@
 // AVX2 without a dot-product instruction: pairs of byte products are summed in 16 bits.
 #include "avx2.h"
 #include "kernels.h"
+#include "table.h"
 #include "tile.h"
 
 namespace jax_gptq::cpu {
@@ -26,6 +27,6 @@ struct Avx2 : Avx2Base {
 
 }  // namespace
 
-const Kernel kAvx2 = {"avx2", 8, Quantize, Matmul<Avx2>};
+const Kernel kAvx2 = {"avx2", 8, Quantize, Matmul<Avx2>, TableLogits};
 
 }  // namespace jax_gptq::cpu

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "table.h"
 #include "tile.h"
 #include "vectors.h"
 
@@ -25,6 +26,6 @@ struct Avx512Vnni : Vectors<16> {
 
 }  // namespace
 
-const Kernel kAvx512Vnni = {"avx512_vnni", 24, Quantize, Matmul<Avx512Vnni>};
+const Kernel kAvx512Vnni = {"avx512_vnni", 24, Quantize, Matmul<Avx512Vnni>, TableLogits};
 
 }  // namespace jax_gptq::cpu

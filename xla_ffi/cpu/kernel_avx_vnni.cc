@@ -1,6 +1,7 @@
 // AVX2 with AVX-VNNI: vpdpbusd on 8 lanes.
 #include "avx2.h"
 #include "kernels.h"
+#include "table.h"
 #include "tile.h"
 
 namespace jax_gptq::cpu {
@@ -19,6 +20,6 @@ struct AvxVnni : Avx2Base {
 
 }  // namespace
 
-const Kernel kAvxVnni = {"avx_vnni", 8, Quantize, Matmul<AvxVnni>};
+const Kernel kAvxVnni = {"avx_vnni", 8, Quantize, Matmul<AvxVnni>, TableLogits};
 
 }  // namespace jax_gptq::cpu

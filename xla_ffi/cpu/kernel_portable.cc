@@ -1,5 +1,6 @@
 // Plain C++: any CPU, vectorized as far as the compiler can.
 #include "kernels.h"
+#include "table.h"
 #include "tile.h"
 #include "vectors.h"
 
@@ -25,6 +26,6 @@ struct Portable : Vectors<8> {
 
 }  // namespace
 
-const Kernel kPortable = {"portable", 2, Quantize, Matmul<Portable>};
+const Kernel kPortable = {"portable", 2, Quantize, Matmul<Portable>, TableLogits};
 
 }  // namespace jax_gptq::cpu

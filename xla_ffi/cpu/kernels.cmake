@@ -1,6 +1,6 @@
 # The library jax_gptq_cpu_kernels: plain C++, one file per instruction set, chosen at run time.
 set(cpu_dir ${CMAKE_CURRENT_LIST_DIR})
-set(sources ${cpu_dir}/dispatch.cc ${cpu_dir}/kernel_portable.cc ${cpu_dir}/table.cc)
+set(sources ${cpu_dir}/dispatch.cc ${cpu_dir}/kernel_portable.cc)
 set(JAX_GPTQ_KERNEL_DEFINITIONS)
 set(JAX_GPTQ_X86 OFF)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")

@@ -8,7 +8,7 @@
 
 namespace jax_gptq::cpu {
 
-// One instruction set's implementation. Both functions may run on several threads at once.
+// One instruction set's implementation. All functions may run on several threads at once.
 struct Kernel {
   const char* name;
   // From this many rows on, codes are widened to bytes once per block and `offset_digits` is set;
@@ -18,6 +18,8 @@ struct Kernel {
   void (*quantize)(const Problem& problem, int64_t row);
   // Computes y[row_begin:row_end, columns of tile]; at most kMaxRows rows.
   void (*matmul)(const Problem& problem, int64_t tile, int64_t row_begin, int64_t row_end);
+  // Computes y[:, begin:end] of a table's logits.
+  void (*table_logits)(const TableProblem& problem, int64_t begin, int64_t end);
 };
 
 extern const Kernel kAvx512Vnni;

@@ -62,4 +62,13 @@ struct Problem {
 // Rows that one call of Kernel::matmul handles at most.
 constexpr int kMaxRows = 64;
 
+// y = x W^T, of a table W.
+struct TableProblem {
+  const float* x;     // [rows, k]
+  const void* table;  // [columns, k], of table_type
+  Float table_type;   // kBF16 or kF16
+  float* y;           // [rows, columns]
+  int64_t rows, columns, k;
+};
+
 }  // namespace jax_gptq::cpu

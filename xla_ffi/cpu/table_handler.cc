@@ -3,8 +3,8 @@
 #include <string>
 
 #include "handler.h"
+#include "kernels.h"
 #include "parallel.h"
-#include "table.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_gptq::cpu {
@@ -12,7 +12,10 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error Logits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::BF16> table,
+// Rows of the table per parallel task.
+constexpr int64_t kTableRows = 256;
+
+ffi::Error Logits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer table,
                   ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const auto x_dims = x.dimensions(), table_dims = table.dimensions(), y_dims = y->dimensions();
   if (x_dims.size() != 2 || table_dims.size() != 2 || y_dims.size() != 2 ||
@@ -20,15 +23,25 @@ ffi::Error Logits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
     return ffi::Error::InvalidArgument(
         "jax_gptq.cpu.table_logits.v1: x [M, K], table [N, K] and y [M, N] are expected");
   }
-  const TableProblem problem{
-      x.typed_data(),  reinterpret_cast<const uint16_t*>(table.untyped_data()),
-      y->typed_data(), x_dims[0],
-      table_dims[0],   x_dims[1]};
+  if (table.element_type() != ffi::BF16 && table.element_type() != ffi::F16) {
+    return ffi::Error::InvalidArgument(
+        "jax_gptq.cpu.table_logits.v1: the table must be bf16 or f16");
+  }
+  TableProblem problem{};
+  problem.x = x.typed_data();
+  problem.table = table.untyped_data();
+  problem.table_type = table.element_type() == ffi::BF16 ? Float::kBF16 : Float::kF16;
+  problem.y = y->typed_data();
+  problem.rows = x_dims[0];
+  problem.columns = table_dims[0];
+  problem.k = x_dims[1];
+  const Kernel& kernel = CurrentKernel();
   const int64_t tasks = (problem.columns + kTableRows - 1) / kTableRows;
   ParallelFor(
       pool.num_threads(), [&](auto task) { pool.Schedule(std::move(task)); }, tasks,
       [&](int64_t i) {
-        TableLogits(problem, i * kTableRows, std::min((i + 1) * kTableRows, problem.columns));
+        kernel.table_logits(problem, i * kTableRows,
+                            std::min((i + 1) * kTableRows, problem.columns));
       });
   return ffi::Error::Success();
 }
@@ -40,5 +53,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGptqCpuTableLogits, jax_gptq::cpu::Logits,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>());

@@ -24,6 +24,7 @@
 #include <type_traits>
 
 #include "float_types.h"
+#include "prefetch.h"
 #include "problem.h"
 #include "quantize.h"
 
@@ -47,17 +48,6 @@ static inline typename Isa::I LoadQuad(const uint32_t* chunk, int j) {
     }
     return codes;
   }
-}
-
-// The packed words are read in one stream, which the memory delivers faster when asked well ahead:
-// into the second-level cache at a distance that covers its latency, and from there into the first.
-constexpr int kFarBytes = 12288;
-constexpr int kNearBytes = 4096;
-
-static inline void Prefetch(const uint32_t* words) {
-  const char* bytes = reinterpret_cast<const char*>(words);
-  __builtin_prefetch(bytes + kFarBytes, 0, 2);
-  __builtin_prefetch(bytes + kNearBytes, 0, 3);
 }
 
 // The scales and zero points of a group's columns, as they are stored.
