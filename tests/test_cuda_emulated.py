@@ -207,22 +207,45 @@ def test_every_weight_is_rounded_once(dtype, scales, bits, arch):
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    "special", [np.inf, -np.inf, np.nan, 3000.0, 6e-8, 0.0], ids=lambda value: f"{value:g}"
+    "special", [np.inf, -np.inf, np.nan, 3000.0, 6e-8, 1e30, 0.0], ids=lambda value: f"{value:g}"
 )
 def test_decode_with_special_values(special, bits, dtype):
     """One row holds a special value in some parts of K, the other only ordinary ones."""
     x, store, _, _ = setup(2, 700, 50, dtype=dtype, bits=bits, group_size=64)
-    special_row = x.at[1, 5:300:90].set(special)
+    special_row = x.at[1, 5:300:90].set(jnp.asarray(special).astype(dtype))
     found = np.asarray(matmul(special_row, store))
     assert emulated.launches() == ["decode"]
     np.testing.assert_array_equal(found[0], np.asarray(matmul(x, store))[0])
+    alone = np.asarray(matmul(special_row[1:], store))  # by digits where they hold it
+    assert emulated.launches() == ["decode"]
     weight = np.asarray(jax_gptq.dequantize(store.unpack()), np.float64)
     with np.errstate(invalid="ignore"):
         y = np.asarray(special_row[1:], np.float64) @ weight
-    if np.isfinite(special):
-        assert rel_error(found[1:], y) < BOUNDS[dtype][0] * 1.5
-    else:
-        np.testing.assert_array_equal(found[1:].astype(np.float64), y)
+    for row in (found[1:], alone):
+        if np.isfinite(np.asarray(special_row, np.float32)).all():
+            assert rel_error(row, y) < BOUNDS[dtype][0] * 1.5
+        else:
+            np.testing.assert_array_equal(row.astype(np.float64), y)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("power", [4, 12, 16, 20, 60])
+def test_one_row_of_any_range(dtype, power):
+    """Values of very different size in one part of K, weights such that the small ones decide."""
+    rng = np.random.default_rng(power)
+    raw = RawWeight(rng, 512, 64, group_size=128)
+    weight = normal_form(raw)
+    codes = unpack_codes(jnp.asarray(weight.qweight), 4, 512).at[::16].set(raw.z.repeat(8, 0))
+    store = CudaStore.pack(dataclasses.replace(weight, qweight=pack_codes(codes, 4)))
+    matrix = np.asarray(jax_gptq.dequantize(store.unpack()), np.float64)
+    largest = float(jnp.finfo(dtype).max)
+    for exponent in (-120, -40, -12, 0, 40):
+        x = rng.standard_normal((1, 512)) * 2.0**exponent
+        x[:, ::16] *= 2.0**power
+        x = jnp.asarray(np.clip(x, -largest, largest).astype(dtype))
+        y = np.asarray(x, np.float64) @ matrix
+        if largest * 2.0**-24 < np.abs(y).max() < largest:  # else float16 cannot hold it
+            assert rel_error(matmul(x, store), y) < BOUNDS[dtype][0] * 1.5
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

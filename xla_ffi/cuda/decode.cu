@@ -1,39 +1,41 @@
 #include "decode.cuh"
+#include "digits.cuh"
 #include "kernels.h"
 
 namespace jax_gptq::cuda {
 namespace {
 
-template <class T, int kBits, int kColumns, int kSets>
+template <class Products, int kBits, int kSets>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decode(DecodeArguments args) {
-  decode_block<T, kBits, kColumns, kSets>(args);
+  decode_block<Products, kBits, kSets>(args);
 }
 
 using DecodeKernel = void (*)(DecodeArguments);
 
 template <class T, int kBits, int kSets>
-DecodeKernel choose(int m) {
-  return m > 8 ? decode<T, kBits, 16, kSets> : decode<T, kBits, 8, kSets>;
+DecodeKernel choose(const Problem& p) {
+  if (as_digits(p)) return decode<DigitProducts<T, kBits, kSets>, kBits, kSets>;
+  return p.m > 8 ? decode<FloatProducts<T, kBits, 16, kSets>, kBits, kSets>
+                 : decode<FloatProducts<T, kBits, 8, kSets>, kBits, kSets>;
 }
 
 template <class T, int kBits>
-DecodeKernel choose(int m, int sets) {
-  switch (sets) {
+DecodeKernel choose(const Problem& p) {
+  switch (parameter_sets(p)) {
     case 1:
-      return choose<T, kBits, 1>(m);
+      return choose<T, kBits, 1>(p);
     case 2:
-      return choose<T, kBits, 2>(m);
+      return choose<T, kBits, 2>(p);
     case 4:
-      return choose<T, kBits, 4>(m);
+      return choose<T, kBits, 4>(p);
     default:
-      return choose<T, kBits, 8>(m);
+      return choose<T, kBits, 8>(p);
   }
 }
 
 template <class T>
 DecodeKernel choose(const Problem& p) {
-  const int sets = parameter_sets(p);
-  return p.bits == 4 ? choose<T, 4>(p.m, sets) : choose<T, 8>(p.m, sets);
+  return p.bits == 4 ? choose<T, 4>(p) : choose<T, 8>(p);
 }
 
 }  // namespace

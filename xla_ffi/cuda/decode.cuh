@@ -10,9 +10,9 @@
 // These kernels take a few microseconds, so that their start and end count as much as their loop.
 // Memory serves requests in turn: x, which everything waits for, is asked for before the codes.
 //
-// The tensor cores multiply the exact integers q - z; at the end of a group the scale applies to
-// the f32 sums. Parts of K are added in a fixed order: warps of a block, then splits through the
-// cluster's shared memory or, without clusters, by reduce.cuh.
+// What the tensor cores multiply is up to Products: one row of x as digits (digits.cuh), more rows
+// as 16-bit floats (FloatProducts below). Parts of K are added in a fixed order: warps of a block,
+// then splits through the cluster's shared memory or, without clusters, by reduce.cuh.
 #pragma once
 
 #include "decode.h"
@@ -20,19 +20,19 @@
 
 namespace jax_gptq::cuda {
 
-// Starts copying x [.., k] for the units [first, first + units) of 128 along K to shared memory at
-// `to`, zeros beyond K. By one warp, for its own use.
-__device__ __forceinline__ void decode_copy_x(const DecodeArguments& args, int first, int units,
+// Starts copying the run's x [.., k] to shared memory at `to`, zeros beyond K. By one warp, for its
+// own use.
+__device__ __forceinline__ void decode_copy_x(const DecodeArguments& args, const Run& run,
                                               uint32_t to) {
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int pieces = units * (kUnitK / 8);  // of 16 bytes, per row
+  const int pieces = run.units * (kUnitK / 8);  // of 16 bytes, per row
 #pragma unroll 1
   for (int row = 0; row < p.m; ++row) {
     const uint16_t* x = static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(row) * p.k;
 #pragma unroll 1
     for (int piece = lane; piece < pieces; piece += 32) {
-      const int k = first * kUnitK + piece * 8;
+      const int k = run.first * kUnitK + piece * 8;
       const uint32_t destination = to + row * args.x_pitch + piece * 16;
       if (p.k % 8 == 0) {
         cp_async_16(destination, x + k, k < p.k);
@@ -120,16 +120,107 @@ __device__ __forceinline__ void decode_add(const DecodeArguments& args, int firs
   cluster_wait();
 }
 
-// kColumns: 8 or 16 columns of the tensor cores' product hold the m rows of x. kSets: groups that
+// One lane's part of the products of a warp, of up to 16 rows of x with codes less zero points,
+// both as 16-bit floats. The integers q - z are exact; at the end of a group the scale applies to
+// the f32 sums. kColumns: 8 or 16 columns of the product hold the rows of x. kSets: groups that
 // begin in a unit of 128 along K.
 template <class T, int kBits, int kColumns, int kSets>
+class FloatProducts {
+ public:
+  using Type = T;
+
+  __device__ __forceinline__ FloatProducts(const DecodeArguments& args, const Run& run)
+      : problem_(args.problem) {
+    const int lane = threadIdx.x % 32;
+    // Lane addresses for ldmatrix. 8 columns: matrix j is k 8 j of 32; 16 columns: matrix j is
+    // k 8 (j % 2) of 16, rows of x 8 (j / 2).
+    const int row = min(lane % 8 + (kRight == 2 ? lane / 16 * 8 : 0), problem_.m - 1);
+    x_ = run.x + row * args.x_pitch + (kRight == 2 ? lane / 8 % 2 * 16 : lane / 8 * 16);
+    // In a stage, less the lane's place in it: this lane's zero point and scale.
+    const int lane_bytes = lane * kLaneBytes;
+    to_zero_ = unit_code_bytes(kBits) + kFragmentN * 4 + lane / 4 - lane_bytes;
+    keep(to_zero_);
+    const int scale_bytes = problem_.scale_type == Dtype::kF32 ? 4 : 2;
+    to_scale_ = unit_code_bytes(kBits) + lane / 4 * scale_bytes - lane_bytes;
+    keep(to_scale_);
+  }
+
+  __device__ __forceinline__ static uint32_t x_to(const Run& run) { return run.x; }
+
+  __device__ __forceinline__ void begin_strip() {
+#pragma unroll
+    for (int r = 0; r < kRight; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total_[r][i] = 0.0f;
+    }
+    x_unit_ = x_;
+  }
+
+  // Adds the next unit, whose codes are `words` and whose parameters are in the stage.
+  __device__ __forceinline__ void add_unit(uint32_t stage, const uint32_t* words) {
+    uint32_t right[4];
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+      const uint32_t at = stage + set * kSetBytes;
+      uint32_t zero[2];  // of rows lane / 4 and lane / 4 + 8
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        zero[i] = prepare_zero<T, kBits>(ld_shared<uint8_t>(at + to_zero_ + i * 8));
+      }
+      float sum[kRight][4] = {};
+#pragma unroll
+      for (int block = 0; block < kUnitBlocks / kSets; ++block) {
+        const int j = set * (kUnitBlocks / kSets) + block;
+        if (kRight == 2 || j % 2 == 0) ldmatrix_x4(right, x_unit_ + j * 32);
+        uint32_t a[4];
+        exact_fragment<T, kBits>(a, &words[j * kBits / 4], zero);
+#pragma unroll
+        for (int r = 0; r < kRight; ++r) {
+          const int b = kRight == 2 ? 2 * r : j % 2 * 2;
+          mma_m16n8k16<T>(sum[r], a, {right[b], right[b + 1]});
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scale = load_scale(at + to_scale_, i / 2 * 8, problem_.scale_type);
+#pragma unroll
+        for (int r = 0; r < kRight; ++r) {
+          total_[r][i] = fmaf(scale, sum[r][i], total_[r][i]);
+        }
+      }
+    }
+    x_unit_ += kUnitK * 2;
+  }
+
+  // Writes the warp's sums of the strip: [m][kSumsPitch] f32.
+  __device__ __forceinline__ void store(int /*strip*/, uint32_t sums) const {
+    // A lane's sums: rows lane / 4 (+ 8) of a fragment, columns 2 (lane % 4) (+ 1).
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < kRight; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int m = r * 8 + lane % 4 * 2 + i % 2;
+        if (m < problem_.m) {
+          st_shared(sums + (m * kSumsPitch + lane / 4 + i / 2 * 8) * 4, total_[r][i]);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRight = kColumns / 8;  // right-hand fragments
+
+  const Problem& problem_;
+  uint32_t x_, x_unit_, to_zero_, to_scale_;
+  float total_[kRight][4];
+};
+
+template <class Products, int kBits, int kSets>
 __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
-  constexpr int kRight = kColumns / 8;  // right-hand fragments
   constexpr int kCodeBytes = unit_code_bytes(kBits);
-  constexpr int kSetBytes = kFragmentN * kParameterBytes;
   constexpr int kStageBytes = stage_bytes(kBits, kSets);
-  constexpr int kLoads = 2 * kBits / 4;         // 16-byte loads of a lane per unit
-  constexpr int kBlocks = kUnitK / kFragmentK;  // of 16 along K in a unit
+  constexpr int kLoads = 2 * kBits / 4;  // 16-byte loads of a lane per unit
 
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32;
@@ -140,12 +231,13 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   // This warp's part of the units of its split.
   const int block_first = args.units * split >> args.splits_log2;
   const int block_units = (args.units * (split + 1) >> args.splits_log2) - block_first;
-  const int run_first = block_first + block_units * warp / kDecodeWarps;
-  const int run_units = block_first + block_units * (warp + 1) / kDecodeWarps - run_first;
+  Run run;
+  run.first = block_first + block_units * warp / kDecodeWarps;
+  run.units = block_first + block_units * (warp + 1) / kDecodeWarps - run.first;
+  run.x = shared_base() + args.x + (run.first - block_first) * args.x_unit;
   const int steps = steps_k(p.k);
 
-  const uint32_t x_run = shared_base() + args.x + (run_first - block_first) * kUnitK * 2;
-  decode_copy_x(args, run_first, run_units, x_run);
+  decode_copy_x(args, run, Products::x_to(run));
 
   // ---- The stream of codes and parameters ----
   // Lanes 8 i .. 8 i + 7 copy set i (and i + 4): up to four pieces of scales, then the zero points.
@@ -168,7 +260,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       static_cast<const char*>(is_zero ? p.zeros : p.scales) + piece % 4 * 16;
   uint32_t to_parameters = kCodeBytes + set_lane * kSetBytes + piece * 16 - lane_bytes;
   keep(to_parameters);
-  const bool half_tail = 2 * (run_first + run_units) > steps;  // the last unit is one step
+  const bool half_tail = 2 * (run.first + run.units) > steps;  // the last unit is one step
   const char* codes = nullptr;                                 // this lane's next 16 bytes
   const char* parameters = nullptr;                            // this lane's 16 bytes of group 0
   int copied_strip = first_strip - stride;
@@ -177,12 +269,12 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   const auto copy_unit = [&](uint32_t stage) {
     if (left == 0) {
       copied_strip += stride;
-      left = run_units;
-      copied_set = run_first * kSets + set_lane;
+      left = run.units;
+      copied_set = run.first * kSets + set_lane;
       const int n = copied_strip * kFragmentN;
       codes =
           static_cast<const char*>(p.codes) +
-          lane_offset(kBits, steps, n / kTileN, 2 * run_first, 0, n % kTileN / kFragmentN, lane);
+          lane_offset(kBits, steps, n / kTileN, 2 * run.first, 0, n % kTileN / kFragmentN, lane);
       parameters = all_parameters + parameter_index(p.groups, 0, n) * parameter_bytes;
     }
     if (copied_strip < args.strips) {
@@ -206,7 +298,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     copied_set += kSets;
     --left;
   };
-  if (run_units > 0) {
+  if (run.units > 0) {
 #pragma unroll 1
     for (int i = 0; i < kDecodeStages; ++i) copy_unit(ring + i * kStageBytes);
     cp_async_wait<kDecodeStages>();
@@ -215,25 +307,15 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   }
   warp_sync();  // This warp's x is there.
 
-  // Lane addresses for ldmatrix. 8 columns: matrix j is k 8 j of 32; 16 columns: matrix j is
-  // k 8 (j % 2) of 16, rows of x 8 (j / 2).
-  const int x_row = min(lane % 8 + (kRight == 2 ? lane / 16 * 8 : 0), p.m - 1);
-  const uint32_t x_lane =
-      x_run + x_row * args.x_pitch + (kRight == 2 ? lane / 8 % 2 * 16 : lane / 8 * 16);
-  // In a stage: this lane's zero point and scale of output feature lane / 4.
-  uint32_t to_zero = kCodeBytes + kFragmentN * 4 + lane / 4 - lane_bytes;
-  keep(to_zero);
-  uint32_t to_scale = kCodeBytes + lane / 4 * scale_bytes - lane_bytes;
-  keep(to_scale);
+  Products products(args, run);
 
   uint32_t stage = ring;
   int slot = 0;
 #pragma unroll 1
   for (int strip = first_strip; strip < args.strips; strip += stride) {
-    float total[kRight][4] = {};
-    uint32_t x_unit = x_lane;
+    products.begin_strip();
 #pragma unroll 1
-    for (int unit = 0; unit < run_units; ++unit) {
+    for (int unit = 0; unit < run.units; ++unit) {
       cp_async_wait<kDecodeStages - 1>();
       warp_sync();
       uint32_t words[4 * kLoads];
@@ -245,59 +327,18 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
         words[4 * i + 2] = v.z;
         words[4 * i + 3] = v.w;
       }
-      uint32_t right[4];
-#pragma unroll
-      for (int set = 0; set < kSets; ++set) {
-        const uint32_t at = stage + set * kSetBytes;
-        uint32_t zero[2];  // of rows lane / 4 and lane / 4 + 8
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          zero[i] = prepare_zero<T, kBits>(ld_shared<uint8_t>(at + to_zero + i * 8));
-        }
-        float sum[kRight][4] = {};
-#pragma unroll
-        for (int block = 0; block < kBlocks / kSets; ++block) {
-          const int j = set * (kBlocks / kSets) + block;
-          if (kRight == 2 || j % 2 == 0) ldmatrix_x4(right, x_unit + j * 32);
-          uint32_t a[4];
-          exact_fragment<T, kBits>(a, &words[j * kBits / 4], zero);
-#pragma unroll
-          for (int r = 0; r < kRight; ++r) {
-            const int b = kRight == 2 ? 2 * r : j % 2 * 2;
-            mma_m16n8k16<T>(sum[r], a, {right[b], right[b + 1]});
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float scale = load_scale(at + to_scale, i / 2 * 8, p.scale_type);
-#pragma unroll
-          for (int r = 0; r < kRight; ++r) {
-            total[r][i] = fmaf(scale, sum[r][i], total[r][i]);
-          }
-        }
-      }
+      products.add_unit(stage, words);
       warp_sync();  // All lanes have read the stage.
       copy_unit(stage);
       stage += kStageBytes;
       if (stage == ring + kDecodeStages * kStageBytes) stage = ring;
-      x_unit += kUnitK * 2;
     }
-
-    // A lane's sums: rows lane / 4 (+ 8) of a fragment, columns 2 (lane % 4) (+ 1).
-    const uint32_t own = shared_base() + args.parts +
-                         (slot * kDecodeWarps + warp) * p.m * kSumsPitch * 4 + lane / 4 * 4;
-#pragma unroll
-    for (int r = 0; r < kRight; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int m = r * 8 + lane % 4 * 2 + i % 2;
-        if (m < p.m) st_shared(own + (m * kSumsPitch + i / 2 * 8) * 4, total[r][i]);
-      }
-    }
+    products.store(
+        strip, shared_base() + args.parts + (slot * kDecodeWarps + warp) * p.m * kSumsPitch * 4);
     ++slot;
     const bool last = strip + stride >= args.strips;
     if (slot < args.slots && !last) continue;
-    decode_add<T>(args, strip - (slot - 1) * stride, stride, slot, split);
+    decode_add<typename Products::Type>(args, strip - (slot - 1) * stride, stride, slot, split);
     slot = 0;
     if (!last) block_sync();
   }

@@ -9,9 +9,10 @@ namespace jax_gptq::cuda {
 
 constexpr int kDecodeWarps = 16;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
-constexpr int kUnitK = 2 * kStepK;      // input features of a stage
-constexpr int kDecodeStages = 2;        // of a warp's ring
-constexpr int kParameterBytes = 4 + 1;  // that a stage has for a scale and a zero point
+constexpr int kUnitK = 2 * kStepK;                // input features of a stage
+constexpr int kUnitBlocks = kUnitK / kFragmentK;  // of 16 along K in a unit
+constexpr int kDecodeStages = 2;                  // of a warp's ring
+constexpr int kParameterBytes = 4 + 1;            // that a stage has for a scale and a zero point
 
 // Bytes of a strip's codes in a stage. At 4 bits 32 KB are under way per multiprocessor: the 26 KB
 // that Little's law asks for at 0.8 us of latency and little more, since memory serves in turn what
@@ -23,9 +24,13 @@ constexpr int parameter_sets(const Problem& p) {
   if (p.group_size >= p.k || p.group_size % kUnitK == 0) return 1;
   return p.group_size % 64 == 0 ? 2 : p.group_size % 32 == 0 ? 4 : 8;
 }
-constexpr int stage_bytes(int bits, int sets) {
-  return unit_code_bytes(bits) + sets * kFragmentN * kParameterBytes;
-}
+constexpr int kSetBytes = kFragmentN * kParameterBytes;
+constexpr int stage_bytes(int bits, int sets) { return unit_code_bytes(bits) + sets * kSetBytes; }
+
+// One row of x becomes digits (digits.cuh).
+constexpr int kDigits = 4;
+constexpr int kDigitBytes = kUnitK * kDigits;  // of a unit
+constexpr bool as_digits(const Problem& p) { return p.m == 1; }
 
 // Words between rows of sums: 4 modulo 16, so that a warp writes without conflicts.
 constexpr int kSumsPitch = kFragmentN + 4;
@@ -33,6 +38,18 @@ constexpr int kSumsPitch = kFragmentN + 4;
 // Bytes between rows of x in shared memory: 16 modulo 128, so that ldmatrix reads without
 // conflicts.
 constexpr int decode_x_pitch(int units) { return units * kUnitK * 2 + 16; }
+
+// Bytes between units of x.
+constexpr int decode_x_unit(const Problem& p) { return as_digits(p) ? kDigitBytes : kUnitK * 2; }
+constexpr int decode_x_bytes(const Problem& p, int units) {
+  return as_digits(p) ? units * decode_x_unit(p) : p.m * decode_x_pitch(units);
+}
+
+// The part of K that a warp works on, the same in every strip.
+struct Run {
+  int first, units;
+  uint32_t x;  // where its x is in shared memory
+};
 
 // Shared memory: the rings, x for the longest split, the sums of every warp for `slots` strips (as
 // many as a block takes, or as fit: none if there is no room for one), and with clusters those of
@@ -42,7 +59,7 @@ struct DecodeShared {
 
   constexpr DecodeShared(const Problem& p, int splits, int rounds, bool cluster, int limit)
       : x(kDecodeWarps * kDecodeStages * stage_bytes(p.bits, parameter_sets(p))),
-        parts(x + p.m * decode_x_pitch(ceil_div(ceil_div(p.k, kUnitK), splits))),
+        parts(x + decode_x_bytes(p, ceil_div(ceil_div(p.k, kUnitK), splits))),
         slots(std::max(0, std::min(rounds, (limit - parts) / slot_bytes(p, cluster)))),
         sums(parts + slots * slot_bytes(p, false)),
         size(parts + slots * slot_bytes(p, cluster)) {}
@@ -60,6 +77,7 @@ struct DecodeArguments {
   int strips;       // ceil(n / 16)
   int units;        // ceil(k / 128)
   int x_pitch;      // bytes between rows of x in shared memory
+  int x_unit;       // and between units
   Divisor rows;     // m
   Divisor sets_per_group;
   int x, parts, slots, sums;  // DecodeShared
@@ -82,6 +100,7 @@ inline DecodeArguments decode_arguments(const Problem& problem, const Plan& plan
   args.strips = decode_strips(problem);
   args.units = ceil_div(problem.k, kUnitK);
   args.x_pitch = decode_x_pitch(ceil_div(args.units, plan.splits));
+  args.x_unit = decode_x_unit(problem);
   args.rows = Divisor(problem.m);
   const int sets = parameter_sets(problem);
   args.sets_per_group =

@@ -140,6 +140,14 @@ __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 
+// The largest and the least value of the warp, to all its lanes.
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+__device__ __forceinline__ uint32_t warp_min(uint32_t value) {
+  return __reduce_min_sync(0xffffffffu, value);
+}
+
 // ---- Tensor cores ----------------------------------------------------------------------------
 
 // d[16 x 8] += a[16 x 16] b[16 x 8], 16-bit factors, f32 sums. With g = lane / 4, t = lane % 4: a
@@ -167,6 +175,27 @@ __device__ __forceinline__ void mma_m16n8k16<Bf16>(float (&d)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d[16 x 8] += a[16 x 32] b[32 x 8] of unsigned and signed bytes. a[0] holds k 4t .. 4t + 3 of row
+// g, a[1] of row g + 8, a[2] and a[3] the same of k + 16; b[0] k 4t .. 4t + 3 of column g, b[1] of
+// k + 16; d as above.
+__device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same for 16 along k.
+__device__ __forceinline__ void mma_m16n8k16(int (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 // Makes the compiler keep a value in its register, instead of computing it anew in a loop.
 __device__ __forceinline__ void keep(uint32_t& value) { asm("" : "+r"(value)); }
 __device__ __forceinline__ void keep(int& value) { asm("" : "+r"(value)); }
@@ -188,6 +217,12 @@ __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t select
 
 __device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// The larger of each of two pairs of unsigned 16-bit integers.
+__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+
+// To the nearest integer, ties to even.
+__device__ __forceinline__ int to_int(float value) { return __float2int_rn(value); }
 
 // a - b and a b of two pairs, each value rounded to the 16-bit type.
 template <class T>

@@ -205,8 +205,65 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   });
 }
 
+inline uint32_t warp_max(uint32_t value) {
+  struct Operands {
+    uint32_t value;
+  } mine{value};
+  machine->collective<Operands>("redux.max", mine, [](const auto& lanes) {
+    uint32_t most = 0;
+    for (auto* from : lanes) most = max(most, from->value);
+    for (auto* to : lanes) to->value = most;
+  });
+  return mine.value;
+}
+inline uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
+
+// Both products of bytes; kHalves of 16 along k.
+template <int kHalves>
+void multiply_bytes(int (&d)[4], const uint32_t* a, const uint32_t* b) {
+  struct Operands {
+    int* d;
+    const uint32_t* a;
+    const uint32_t* b;
+  } mine{d, a, b};
+  machine->collective<Operands>("mma of bytes", mine, [](const auto& lanes) {
+    int left[16][16 * kHalves], right[16 * kHalves][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int half = 0; half < kHalves; ++half) {
+        for (int i = 0; i < 4; ++i) {
+          const int k = half * 16 + 4 * t + i;
+          left[g][k] = lanes[lane]->a[2 * half] >> 8 * i & 0xff;
+          left[g + 8][k] = lanes[lane]->a[2 * half + 1] >> 8 * i & 0xff;
+          right[k][g] = static_cast<int8_t>(lanes[lane]->b[half] >> 8 * i);
+        }
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        for (int k = 0; k < 16 * kHalves; ++k) {
+          lanes[lane]->d[i] += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+        }
+      }
+    }
+  });
+}
+
+inline void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_bytes<2>(d, a, b);
+}
+inline void mma_m16n8k16(int (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  multiply_bytes<1>(d, a, &b);
+}
+
 template <class T>
 void keep(T&) {}
+
+inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16;
+}
+
+inline int to_int(float value) { return static_cast<int>(std::nearbyint(value)); }
 
 // ---- Bits and 16-bit floats ------------------------------------------------------------------
 
