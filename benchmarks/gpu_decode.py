@@ -4,8 +4,9 @@
 
 The weights are random and made on the device (group size 128, asymmetric zero points, bf16 scales;
 embedding and output head in bfloat16), so the text is nonsense, but every byte is read. Timed is
-`model.generate` from a prompt of 8 tokens: prefill included, compilation not. The floor reads every
-packed weight and the head once per step at the copy bandwidth that was measured just before.
+`model.generate` from a prompt of 8 tokens, prefill included, compilation not; then the same after
+`fuse_projections`. The floor reads every packed weight and the head once per step at the copy
+bandwidth that was measured just before.
 
 Writes benchmarks/results/gpu_decode.json. Needs a GPU, and the package built with CUDA.
 """
@@ -22,6 +23,7 @@ from gpu_matmul import GROUP, RESULTS, ceilings, driver_version
 
 from jax_gptq import ffi
 from jax_gptq.linear import GptqLinear
+from jax_gptq.models import CausalLM, fuse_projections
 from jax_gptq.models.config import from_hf
 from jax_gptq.models.layers import Embedding, QuantizedLinear, RMSNorm
 from jax_gptq.models.loading import new_model
@@ -78,17 +80,25 @@ def random_model(layers: int):
             module.weight = nnx.Param(jnp.ones(module.weight.shape, jnp.bfloat16))
         elif isinstance(module, Embedding):
             module.weight = normal(module.weight.shape)
+    read += model.head.weight[...].nbytes
     make = jax.jit(random_store, static_argnums=(1, 2))
     for name, layer in linears(model).items():
-        if name == "lm_head":
-            layer.kernel = normal(layer.kernel.shape)
-            read += layer.kernel[...].nbytes
-            continue
         key, use = jax.random.split(key)
         store = make(use, layer.in_features, layer.out_features)
         set_layer(model, name, QuantizedLinear.from_linear(GptqLinear(store)))
         read += sum(leaf.nbytes for leaf in jax.tree.leaves(store))
     return model, read
+
+
+def generate_seconds(model: CausalLM, batch: int, tokens: int) -> float:
+    """The least of two runs, after one that compiles."""
+    prompt = jax.random.randint(jax.random.key(batch), (batch, PROMPT), 0, 1000)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model.generate(prompt, max_new_tokens=tokens, stop_tokens=()).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def main() -> None:
@@ -115,23 +125,22 @@ def main() -> None:
         "floor microseconds per step": round(floor_us),
         "results": [],
     }
-    for batch in map(int, args.batches.split(",")):
-        prompt = jax.random.randint(jax.random.key(batch), (batch, PROMPT), 0, 1000)
-        times = []
-        for _ in range(3):  # The first compiles.
-            start = time.perf_counter()
-            model.generate(prompt, max_new_tokens=args.tokens, stop_tokens=()).block_until_ready()
-            times.append(time.perf_counter() - start)
-        seconds = min(times[1:])
-        result = {
-            "batch": batch,
-            "tokens per second": round(batch * args.tokens / seconds, 1),
-            "microseconds per step": round(seconds / args.tokens * 1e6),
-            "floor tokens per second": round(batch * 1e6 / floor_us),
-        }
-        data["results"].append(result)
-        print(result, flush=True)
-        args.out.write_text(json.dumps(data, indent=1) + "\n")
+    batches = [int(batch) for batch in args.batches.split(",")]
+    for fused in (False, True):
+        if fused:
+            fuse_projections(model)
+        for batch in batches:
+            seconds = generate_seconds(model, batch, args.tokens)
+            result = {
+                "batch": batch,
+                "fused projections": fused,
+                "tokens per second": round(batch * args.tokens / seconds, 1),
+                "microseconds per step": round(seconds / args.tokens * 1e6),
+                "floor tokens per second": round(batch * 1e6 / floor_us),
+            }
+            data["results"].append(result)
+            print(result, flush=True)
+            args.out.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -427,7 +427,12 @@ store = jax_gptq.prepare(weight, layout="cpu")
 y = jax_gptq.gptq_matmul(jnp.ones((1, 64)), store, backend="cpu")
 assert y.tolist() == [[-64.0] * 3], y
 """
-    child = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
     assert child.returncode == 0, child.stderr
 
 
@@ -435,6 +440,7 @@ def test_a_backend_that_was_not_built_is_refused(monkeypatch):
     weight, _ = random_weight(np.random.default_rng(0), 64, 8)
     store = jax_gptq.prepare(weight, layout="cpu")
     monkeypatch.setattr(ffi, "has", lambda module: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.raises(jax_gptq.errors.BackendError, match="not built"):
         jax_gptq.gptq_matmul(jnp.ones((1, 64)), store, backend="cpu")
 

@@ -52,10 +52,10 @@ def calls(text):
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("kernel", CLASSES)
 def test_custom_calls(kernel, dtype, bits, backend, monkeypatch):
-    # With backend=None the call is there where the module was built; pretend that it was.
-    monkeypatch.setattr(ffi, "has", lambda module: True)
     m, k, n = CLASSES[kernel]
     store, _ = setup(k, n, bits=bits, scale_dtype=np.float32)
+    # With backend=None the call is there where the module was built; pretend that it was.
+    monkeypatch.setattr(ffi, "has", lambda module: True)
     x = jax.ShapeDtypeStruct((m, k), {"bf16": jnp.bfloat16, "f16": jnp.float16}[dtype])
     tiles, steps, groups = -(-n // 64), k // 64 * bits // 4, k // 64
     weight = [
@@ -92,6 +92,7 @@ def test_act_order_gathers_x_once():
 
 def test_a_named_backend_is_emitted_without_the_module(monkeypatch):
     monkeypatch.setattr(ffi, "has", lambda module: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")  # on a GPU it is refused
     store, _ = setup(128, 64)
     x = jnp.zeros((3, 128), jnp.float16)
     [(target, *_)] = calls(lowered(store, x))
@@ -109,8 +110,8 @@ def test_cuda_on_a_cpu_is_an_error_not_a_fallback():
 
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_one_export_for_cpu_and_cuda_runs_on_the_cpu(symbolic, monkeypatch):
-    monkeypatch.setattr(ffi, "has", lambda module: True)
     store, matrix = setup(192, 100, g_idx="random")
+    monkeypatch.setattr(ffi, "has", lambda module: True)
     rows = jax.export.symbolic_shape("rows")[0] if symbolic else 5
     exported = jax.export.export(
         jax.jit(lambda x, store: jax_gptq.gptq_matmul(x, store)),

@@ -1,5 +1,6 @@
 """Whole models: quantized behind their own quantized prefix, killed and resumed, saved."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -16,9 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import jax_gptq
 from jax_gptq.cli import main
 from jax_gptq.errors import MissingTensorError, ModelError, QuantizationError
-from jax_gptq.models import float_tensors, linears, load, new_model
+from jax_gptq.models import float_tensors, fuse_projections, linears, load, new_model
 from jax_gptq.models.config import from_hf
-from jax_gptq.quantize import QuantizeConfig, gptq, quantize_model, round_head
+from jax_gptq.models.layers import QuantizedLinear
+from jax_gptq.quantize import QuantizeConfig, gptq, quantize_model, round_head, rtn
 
 HF = {
     "architectures": ["LlamaForCausalLM"],
@@ -192,6 +194,57 @@ def test_saved_and_loaded_again(model, batches, tmp_path, checkpoint_format, des
     np.testing.assert_array_equal(again(batches[0]), result(batches[0]))
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert (stored["checkpoint_format"], stored["desc_act"]) == (checkpoint_format, desc_act)
+
+
+@pytest.mark.parametrize("layout", [None, "reference"])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_fused_projections(model, batches, tmp_path, desc_act, layout):
+    config = QuantizeConfig(group_size=16, refine=False, desc_act=desc_act)
+    layers = [name for name in linears(model) if not name.endswith("0.mlp.gate_proj")]
+    result = quantize_model(model, batches, config, names=layers)
+    if layout is not None:
+        for layer in linears(result).values():
+            if isinstance(layer, jax_gptq.nnx.GptqLinear):
+                layer.prepare(layout)
+    kind = type(result.model.layers[0].self_attn.q_proj.weight.get_value())
+    expected = result(batches[0]), result.generate(batches[0][:, :8], max_new_tokens=5)
+    fused = nnx.clone(result)
+    # One MLP has a float layer.
+    assert fuse_projections(fused) == 3
+    assert fuse_projections(fused) == 0
+    attention = fused.model.layers[0].self_attn
+    assert (attention.k_proj, attention.v_proj) == (None, None)
+    assert type(attention.q_proj.weight.get_value()) is kind
+    found = fused(batches[0]), fused.generate(batches[0][:, :8], max_new_tokens=5)
+    assert np.linalg.norm(found[0] - expected[0]) < 1e-6 * np.linalg.norm(expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    with pytest.raises(ModelError, match="fused"):
+        jax_gptq.save_checkpoint(fused, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert fuse_projections(nnx.clone(model)) == 0
+
+
+def test_different_layers_are_not_fused(quantized):
+    """Of another group size, another act-order, another bias: only the last can be one."""
+    model = nnx.clone(quantized[0])
+    blocks = model.model.layers
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((32, 64)).astype(np.float32)
+
+    def layer(weight, bias=None):
+        return QuantizedLinear.from_linear(jax_gptq.GptqLinear.from_weight(weight, bias))
+
+    blocks[0].mlp.up_proj = layer(rtn(W, group_size=8))
+    g_idx = np.arange(32) // 16
+    other = dataclasses.replace(rtn(W, group_size=16), g_idx=jnp.asarray(g_idx[::-1].copy()))
+    blocks[1].mlp.up_proj = layer(other)
+    bias = rng.standard_normal(32).astype(np.float32)
+    blocks[1].self_attn.k_proj = layer(rtn(W[:, :32], group_size=16), bias)
+    ids = np.arange(12).reshape(2, 6)
+    expected = model(ids)
+    assert fuse_projections(model) == 2
+    assert model.model.layers[1].self_attn.q_proj.bias.shape == (96,)
+    assert np.linalg.norm(model(ids) - expected) < 1e-6 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -3,6 +3,7 @@
 from jax_gptq.models.causal_lm import CausalLM
 from jax_gptq.models.config import DecoderConfig, read_config
 from jax_gptq.models.embedded import embedded_path
+from jax_gptq.models.fusing import fuse_projections
 from jax_gptq.models.loading import float_tensors, load, new_model
 from jax_gptq.models.naming import layer_at, linears, set_layer
 
@@ -11,6 +12,7 @@ __all__ = [
     "DecoderConfig",
     "embedded_path",
     "float_tensors",
+    "fuse_projections",
     "layer_at",
     "linears",
     "load",

@@ -42,11 +42,23 @@ class QuantizedLinear(GptqLinear):
     order: str | None = None
 
 
+class FusedLinear(QuantizedLinear):
+    """Several layers of one input as one (see `fuse_projections`).
+
+    Attributes:
+      ends: where the output of each of them but the last ends.
+    """
+
+    ends: tuple[int, ...] = ()
+
+
 def project(x: Array, layers: Sequence[Any]) -> list[Array]:
     """Each layer on the same x; columns that all of them want in one act-order are gathered once.
 
-    x [..., in_features] -> one [..., out_features] per layer.
+    x [..., in_features] -> one [..., out_features] per layer, whether or not they are fused.
     """
+    if isinstance(layers[0], FusedLinear):
+        return jnp.split(layers[0](x), layers[0].ends, axis=-1)
     perm = _common_perm(layers)
     if perm is None:
         return [layer(x) for layer in layers]

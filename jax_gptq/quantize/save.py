@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jax_gptq.checkpoint import save_weights
 from jax_gptq.errors import ModelError
 from jax_gptq.models.causal_lm import CausalLM
+from jax_gptq.models.layers import FusedLinear
 from jax_gptq.models.loading import float_tensors
 from jax_gptq.nnx import GptqLinear
 from jax_gptq.stores import logical_weight
@@ -36,7 +37,8 @@ def save_checkpoint(
       max_shard_size: bytes of data per file.
 
     Raises:
-      ModelError: not a `CausalLM`, no quantized layer, or act-order folded into other layers.
+      ModelError: not a `CausalLM`, no quantized layer, fused projections, or act-order folded into
+        other layers.
       And what `save_weights` raises.
     """
     if not isinstance(model, CausalLM):
@@ -54,6 +56,11 @@ def save_checkpoint(
         for keys, layer in nnx.iter_modules(model)
         if isinstance(layer, GptqLinear)
     }
+    if any(isinstance(layer, FusedLinear) for layer in layers.values()):
+        raise ModelError(
+            "save_checkpoint: projections of this model are fused; load it again and save it "
+            "without fuse_projections"
+        )
     if not layers:
         raise ModelError("save_checkpoint: expected quantized layers, found none")
     biases = {
