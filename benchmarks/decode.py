@@ -6,10 +6,11 @@ Writes a synthetic checkpoint of Qwen2.5-1.5B's shape (4 bits, group size 128, s
 codes), loads it with `jax_gptq.models.load` and times, in turn, round after round:
 
 - the floor: reading all bytes that a token touches (packed weights, scales, output head) once;
-- decoding at batch 1 through `model.generate`, with bfloat16 and float32 activations;
+- decoding at batch 1 through `model.generate`, with bfloat16 and float32 activations, and with
+  bfloat16 and float32 after `round_head` (8 bits) and `fuse_projections`;
 - the same with llama.cpp where `llama-cpp-python` and `gguf` are installed: a Q4_0 file of the same
-  shape, its output head in Q6_K as llama.cpp's own quantizer has it (ours stays in the model's
-  dtype, so that a token of ours touches more bytes);
+  shape, its output head in Q6_K as llama.cpp's own quantizer has it (ours is stored in bfloat16,
+  so that without `round_head` a token of ours touches more bytes);
 - a prompt of 512 tokens, on the first layers only, beside the same layers dense in float32 (the
   `dense` layout: XLA's own dots).
 
@@ -38,6 +39,8 @@ from flax import nnx
 
 import jax_gptq
 from jax_gptq import ffi
+from jax_gptq.models import fuse_projections
+from jax_gptq.quantize import round_head
 
 GROUP = 128
 PROMPT = 512
@@ -197,9 +200,11 @@ def llama_cpp(path: Path) -> Callable[[int], None]:
     return decode
 
 
-def touched_bytes(model: nnx.Module) -> int:
-    """What one token reads: every array of the model once (a tied table as the head)."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+def touched_bytes(model: jax_gptq.models.CausalLM) -> int:
+    """What one token reads: every array of the model once, the embedding only as the head."""
+    every = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    embedding = model.model.embed_tokens
+    return every if model.head is embedding else every - embedding.weight[...].nbytes
 
 
 def reader(count: int) -> Callable[[], None]:
@@ -228,6 +233,10 @@ def measure_decode(
 ) -> list[dict]:
     """Seconds per token: a long answer less a short one, so that the prompt does not count."""
     models = {name: jax_gptq.models.load(folder, dtype=name) for name in ("bfloat16", "float32")}
+    for name in list(models):
+        quick = round_head(models[name])
+        fuse_projections(quick)
+        models[f"{name}, 8-bit head, fused"] = quick
     reads = {name: reader(touched_bytes(model)) for name, model in models.items()}
     ids = prompt(8)
 
@@ -249,7 +258,7 @@ def measure_decode(
         times = [t / o for t, o in zip(theirs, ours)]
         results.append(
             {
-                "activations": name,
+                "model": name,
                 "bytes_per_token": touched_bytes(model),
                 "tokens_per_second": 1 / statistics.median(ours),
                 "floor_tokens_per_second": 1 / statistics.median(floor),
