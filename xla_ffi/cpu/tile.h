@@ -141,6 +141,7 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
   using I = typename Isa::I;
   constexpr int kVectors = Isa::kVectors;
   constexpr bool kWidened = Columns::kWidened;
+  constexpr int kQuadLines = kWords == 8 ? 2 : 1;  // of the cache
   // A dot product takes several cycles: too few accumulators would wait for one another.
   constexpr int kParts = kRows * kVectors * kDigits < 4 ? 2 : 1;
   const Block& block = problem.blocks[b];
@@ -164,7 +165,12 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
   for (int chunk = 0; chunk < block.chunks; ++chunk) {
 #pragma GCC unroll 8
     for (int j = 0; j < kQuads; ++j) {
-      if constexpr (!kWidened) Prefetch(words + j * (kWords * kTileColumns / kQuads));
+      if constexpr (!kWidened) {
+#pragma GCC unroll 2
+        for (int line = 0; line < kQuadLines; ++line) {
+          Prefetch(words + j * (kWords * kTileColumns / kQuads) + line * 16);
+        }
+      }
       I codes[kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
