@@ -222,6 +222,8 @@ def test_fused_projections(model, batches, tmp_path, desc_act, layout):
         jax_gptq.save_checkpoint(fused, tmp_path)
     assert not list(tmp_path.iterdir())
     assert fuse_projections(nnx.clone(model)) == 0
+    with pytest.raises(ModelError, match="found Linear"):
+        fuse_projections(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
 def test_different_layers_are_not_fused(quantized):
@@ -269,6 +271,8 @@ def test_round_head(model, batches, quantized, tmp_path, bits, dtype):
     np.testing.assert_array_equal(again(batches[0]), found)
     with pytest.raises(QuantizationError, match="found a quantized layer"):
         round_head(again)
+    with pytest.raises(ModelError, match="found Linear"):
+        round_head(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     table.weight = nnx.Param(table_before)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jax_gptq.errors import ModelError
 from jax_gptq.linear import GptqLinear
 from jax_gptq.models.causal_lm import CausalLM
 from jax_gptq.models.decoder import Attention, Mlp
@@ -31,8 +32,15 @@ def fuse_projections(model: CausalLM) -> int:
       model: a loaded model; a family whose checkpoints hold fused layers stays as it is.
 
     Returns:
-      How many layers are fused ones now.
+      How many layers were made of several.
+
+    Raises:
+      ModelError: not a `CausalLM`.
     """
+    if not isinstance(model, CausalLM):
+        raise ModelError(
+            f"fuse_projections: expected a jax_gptq.models.CausalLM, found {type(model).__name__}"
+        )
     fused = 0
     for _, module in list(nnx.iter_modules(model)):
         names = _TOGETHER.get(cast(Any, type(module)), ())

@@ -14,14 +14,17 @@ from jax_gptq import ffi
 def table_logits(x: Array, table: Array) -> Array:
     """x [..., K] @ table[N, K].T -> f32 [..., N], summed in f32.
 
-    On a CPU few rows and a 16-bit table go to the native kernel `jax_gptq.cpu.table_logits.v1`
-    where it is built: XLA would write a float32 copy of the table first, for every token.
+    XLA would write a float32 copy of a 16-bit table first, for every token. On a CPU few rows go to
+    the native kernel `jax_gptq.cpu.table_logits.v1` where it is built; elsewhere float32 rows are
+    split, for a bfloat16 table, into bfloat16 ones: on a GPU several times as fast as a float32
+    dot, and as exact as the tensor cores' sums.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= _native_rows(x.dtype, table.dtype) and ffi.has("cpu"):
-        y = jax.lax.platform_dependent(rows, table, cpu=_native, default=_dot)
-    else:
-        y = _dot(rows, table)
+    few = rows.shape[0] <= _native_rows(x.dtype, table.dtype) and ffi.has("cpu")
+    split = x.dtype == jnp.float32 and table.dtype == jnp.bfloat16
+    y = jax.lax.platform_dependent(
+        rows, table, cpu=_native if few else _dot, default=_split_dot if split else _dot
+    )
     return y.reshape(*x.shape[:-1], table.shape[0])
 
 
@@ -45,8 +48,25 @@ _contract = functools.partial(
 )
 
 
+def _contract_rows(rows: Array, table: Array) -> Array:
+    return _contract(rows, table, (((1,), (1,)), ((), ())))
+
+
 def _dot(rows: Array, table: Array) -> Array:
-    return _contract(rows, table.astype(rows.dtype), (((1,), (1,)), ((), ())))
+    return _contract_rows(rows, table.astype(rows.dtype))
+
+
+def _split_dot(rows: Array, table: Array) -> Array:
+    """As `_dot`: a float32 is the sum of three bfloat16, whose products are exact in float32."""
+    parts = []
+    rest = rows
+    for _ in range(3):
+        # Not a pair of casts: XLA may leave those out.
+        part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = jnp.where(jnp.isfinite(part), rest - part, 0)
+    high, middle, low = jnp.split(_contract_rows(jnp.concatenate(parts), table), 3)
+    return high + (middle + low)
 
 
 def _forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_gptq.errors import QuantizationError
+from jax_gptq.errors import ModelError, QuantizationError
 from jax_gptq.linear import GptqLinear
 from jax_gptq.models.causal_lm import CausalLM
 from jax_gptq.models.layers import Embedding, QuantizedLinear
@@ -33,9 +33,14 @@ def round_head(model: M, *, bits: int = 8, group_size: int = 128, layout: str | 
       A model with a quantized `lm_head`; everything else is shared with `model`.
 
     Raises:
+      ModelError: not a `CausalLM`.
       QuantizationError: the head is quantized already, or holds values that are not finite.
       BitsError, ShapeError: of the options.
     """
+    if not isinstance(model, CausalLM):
+        raise ModelError(
+            f"round_head: expected a jax_gptq.models.CausalLM, found {type(model).__name__}"
+        )
     head = model.head
     if not isinstance(head, Embedding):
         raise QuantizationError("lm_head: expected a float table, found a quantized layer")
