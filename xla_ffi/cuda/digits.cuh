@@ -8,8 +8,8 @@
 //
 // Error: the digits hold 30 bits below the largest |x| of a warp's part of K, so an output differs
 // by at most 2^-31 sum over parts of max |x| sum |W|, beside the rounding of f32 sums. A part that
-// holds an Inf or a NaN, or an |x| so large that usual ones would lose their digits, is multiplied
-// in f32 instead, value by value.
+// holds an Inf or a NaN, or an |x| so large that usual ones would lose their digits, or nothing but
+// tiny ones, is multiplied in f32 instead, value by value.
 #pragma once
 
 #include "decode.h"
@@ -19,6 +19,8 @@ namespace jax_gptq::cuda {
 
 // How many times the least of the lanes' largest |x| the largest may be: 2^-14 of those is kept.
 constexpr float kWidestRange = 131072.0f;
+// Of the largest |x|: 2^(30 - e) is a float.
+constexpr int kLeastExponent = -96;
 
 // 2^e, for e in [-126, 127].
 __device__ __forceinline__ float power_of_two(int e) {
@@ -211,12 +213,11 @@ class DigitProducts {
     // Of lanes that have anything but zeros.
     const uint32_t least = warp_min(own == 0 ? 0x7fffu : own);
     const bool finite = bits < (std::is_same<T, F16>::value ? 0x7c00u : 0x7f80u);
+    const int exponent = static_cast<int>(float_bits(largest) >> 23) - 126;  // largest < 2^exponent
     const bool digital =
-        bits == 0 ||
-        (finite && largest <= kWidestRange * to_float<T>(static_cast<uint16_t>(least)));
-    // largest < 2^exponent; of a row of less than 2^-96 fewer digits are used.
-    const int exponent = max(static_cast<int>(float_bits(largest) >> 23) - 126, -96);
-    const float multiplier = digital ? power_of_two(30 - exponent) : 0.0f;
+        bits == 0 || (finite && exponent >= kLeastExponent &&
+                      largest <= kWidestRange * to_float<T>(static_cast<uint16_t>(least)));
+    const float multiplier = digital && bits != 0 ? power_of_two(30 - exponent) : 0.0f;
 #pragma unroll 1
     for (int first = 0; first < steps; first += 4) {
       const int step = first + lane / 8;
