@@ -1,6 +1,7 @@
 """`GptqWeight`: one quantized matrix in normal form, whatever file it came from."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -201,6 +202,21 @@ class GptqWeight:
     def groups(self) -> int:
         """G, the number of groups."""
         return self.scales.shape[-2]
+
+
+def side_by_side(weights: Sequence[GptqWeight]) -> GptqWeight:
+    """The columns of all as one weight; everything but their number is as in the first."""
+
+    def joined(name: str) -> Array:
+        return jnp.concatenate([getattr(weight, name) for weight in weights], axis=1)
+
+    return dataclasses.replace(
+        weights[0],
+        qweight=joined("qweight"),
+        scales=joined("scales"),
+        qzeros=joined("qzeros"),
+        out_features=sum(weight.out_features for weight in weights),
+    )
 
 
 def is_concrete(x: Any) -> bool:

@@ -1,10 +1,10 @@
 """`fuse_projections`: the layers of one input as one, for speed."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,8 +15,8 @@ from jax_gptq.linear import GptqLinear
 from jax_gptq.models.causal_lm import CausalLM
 from jax_gptq.models.decoder import Attention, Mlp
 from jax_gptq.models.layers import FusedLinear, QuantizedLinear
-from jax_gptq.stores import PACKED_LAYOUTS
-from jax_gptq.weight import GptqWeight
+from jax_gptq.stores import DenseStore, logical_weight
+from jax_gptq.weight import GptqWeight, side_by_side
 
 _TOGETHER = {Attention: ("q_proj", "k_proj", "v_proj"), Mlp: ("gate_proj", "up_proj")}
 
@@ -58,29 +58,15 @@ def _fused(layers: Sequence[Any]) -> FusedLinear | None:
     """The layers side by side; None where they cannot be one."""
     if any(not isinstance(layer, QuantizedLinear) for layer in layers):
         return None
-    kinds = {type(layer.weight.get_value()) for layer in layers}
-    layouts = {GptqWeight: "reference"} | {cls: name for name, cls in PACKED_LAYOUTS.items()}
-    if len(kinds) > 1 or not kinds <= set(layouts):
+    stores = [layer.weight.get_value() for layer in layers]
+    if isinstance(stores[0], DenseStore) or len({type(store) for store in stores}) > 1:
         return None
-    kind = kinds.pop()
-    weights = [layer.weight.get_value() for layer in layers]
-    if kind is not GptqWeight:
-        unpack = jax.jit(kind.unpack)
-        weights = [unpack(weight) for weight in weights]
+    weights = [logical_weight(store) for store in stores]
     if len({_facts(layer, weight) for layer, weight in zip(layers, weights)}) > 1:
         return None
-    first = weights[0]
-    if any(not _same_order(first.g_idx, weight.g_idx) for weight in weights):
+    if any(not _same_order(weights[0].g_idx, weight.g_idx) for weight in weights):
         return None
     sizes = [weight.out_features for weight in weights]
-    fused = dataclasses.replace(
-        first,
-        out_features=sum(sizes),
-        **{
-            name: jnp.concatenate([getattr(weight, name) for weight in weights], axis=1)
-            for name in ("qweight", "scales", "qzeros")
-        },
-    )
     bias = None
     if any(layer.bias is not None for layer in layers):
         bias = jnp.concatenate(
@@ -89,10 +75,11 @@ def _fused(layers: Sequence[Any]) -> FusedLinear | None:
                 for layer, size in zip(layers, sizes)
             ]
         )
-    linear = GptqLinear.from_weight(fused, bias, layout=layouts[kind])
+    layout = getattr(stores[0], "layout", "reference")  # which a GptqWeight is
+    linear = GptqLinear.from_weight(side_by_side(weights), bias, layout=layout)
     linear = dataclasses.replace(linear, activations=layers[0].activations)
     layer = cast(FusedLinear, FusedLinear.from_linear(linear, dtype=layers[0].dtype))
-    layer.ends = tuple(np.cumsum(sizes)[:-1].tolist())
+    layer.ends = tuple(itertools.accumulate(sizes[:-1]))
     return layer
 
 

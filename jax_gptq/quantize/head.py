@@ -3,7 +3,6 @@
 import dataclasses
 from typing import TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
 
 from jax_gptq.errors import ModelError, QuantizationError
@@ -11,6 +10,7 @@ from jax_gptq.linear import GptqLinear
 from jax_gptq.models.causal_lm import CausalLM
 from jax_gptq.models.layers import Embedding, QuantizedLinear
 from jax_gptq.quantize.layer import rtn
+from jax_gptq.weight import side_by_side
 
 M = TypeVar("M", bound=CausalLM)
 
@@ -45,16 +45,11 @@ def round_head(model: M, *, bits: int = 8, group_size: int = 128, layout: str | 
     if not isinstance(head, Embedding):
         raise QuantizationError("lm_head: expected a float table, found a quantized layer")
     table = head.weight[...]
-    parts = [
-        rtn(table[row : row + _ROWS].T, bits=bits, group_size=group_size, name="lm_head")
-        for row in range(0, table.shape[0], _ROWS)
-    ]
-    qweight, scales, qzeros = (
-        jnp.concatenate([getattr(part, name) for part in parts], axis=1)
-        for name in ("qweight", "scales", "qzeros")
-    )
-    weight = dataclasses.replace(
-        parts[0], qweight=qweight, scales=scales, qzeros=qzeros, out_features=table.shape[0]
+    weight = side_by_side(
+        [
+            rtn(table[row : row + _ROWS].T, bits=bits, group_size=group_size, name="lm_head")
+            for row in range(0, table.shape[0], _ROWS)
+        ]
     )
     rounded = nnx.clone(model)
     rounded.config = dataclasses.replace(model.config, tie_embeddings=False)

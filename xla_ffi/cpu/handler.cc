@@ -16,22 +16,6 @@ ffi::Error Invalid(const std::string& what) {
   return ffi::Error::InvalidArgument("jax_gptq.cpu.matmul.v1: " + what);
 }
 
-bool ToFloat(ffi::DataType type, Float* to) {
-  switch (type) {
-    case ffi::F32:
-      *to = Float::kF32;
-      return true;
-    case ffi::BF16:
-      *to = Float::kBF16;
-      return true;
-    case ffi::F16:
-      *to = Float::kF16;
-      return true;
-    default:
-      return false;
-  }
-}
-
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U32> tiles,
                   ffi::AnyBuffer scales, ffi::Buffer<ffi::U8> zeros, ffi::Buffer<ffi::S32> perm,
                   ffi::Buffer<ffi::S32> group_starts, ffi::Buffer<ffi::F32> bias,

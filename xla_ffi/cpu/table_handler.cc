@@ -23,14 +23,13 @@ ffi::Error Logits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
     return ffi::Error::InvalidArgument(
         "jax_gptq.cpu.table_logits.v1: x [M, K], table [N, K] and y [M, N] are expected");
   }
-  if (table.element_type() != ffi::BF16 && table.element_type() != ffi::F16) {
+  TableProblem problem{};
+  if (!ToFloat(table.element_type(), &problem.table_type) || problem.table_type == Float::kF32) {
     return ffi::Error::InvalidArgument(
         "jax_gptq.cpu.table_logits.v1: the table must be bf16 or f16");
   }
-  TableProblem problem{};
   problem.x = x.typed_data();
   problem.table = table.untyped_data();
-  problem.table_type = table.element_type() == ffi::BF16 ? Float::kBF16 : Float::kF16;
   problem.y = y->typed_data();
   problem.rows = x_dims[0];
   problem.columns = table_dims[0];

@@ -15,8 +15,7 @@
 // then splits through the cluster's shared memory or, without clusters, by reduce.cuh.
 #pragma once
 
-#include "decode.h"
-#include "fragment.cuh"
+#include "stage.cuh"
 
 namespace jax_gptq::cuda {
 
@@ -130,19 +129,12 @@ class FloatProducts {
   using Type = T;
 
   __device__ __forceinline__ FloatProducts(const DecodeArguments& args, const Run& run)
-      : problem_(args.problem) {
+      : problem_(args.problem), parameters_(args.problem.scale_type) {
     const int lane = threadIdx.x % 32;
     // Lane addresses for ldmatrix. 8 columns: matrix j is k 8 j of 32; 16 columns: matrix j is
     // k 8 (j % 2) of 16, rows of x 8 (j / 2).
     const int row = min(lane % 8 + (kRight == 2 ? lane / 16 * 8 : 0), problem_.m - 1);
     x_ = run.x + row * args.x_pitch + (kRight == 2 ? lane / 8 % 2 * 16 : lane / 8 * 16);
-    // In a stage, less the lane's place in it: this lane's zero point and scale.
-    const int lane_bytes = lane * kLaneBytes;
-    to_zero_ = unit_code_bytes(kBits) + kFragmentN * 4 + lane / 4 - lane_bytes;
-    keep(to_zero_);
-    const int scale_bytes = problem_.scale_type == Dtype::kF32 ? 4 : 2;
-    to_scale_ = unit_code_bytes(kBits) + lane / 4 * scale_bytes - lane_bytes;
-    keep(to_scale_);
   }
 
   __device__ __forceinline__ static uint32_t x_to(const Run& run) { return run.x; }
@@ -165,7 +157,7 @@ class FloatProducts {
       uint32_t zero[2];  // of rows lane / 4 and lane / 4 + 8
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        zero[i] = prepare_zero<T, kBits>(ld_shared<uint8_t>(at + to_zero_ + i * 8));
+        zero[i] = prepare_zero<T, kBits>(parameters_.zero(at, i));
       }
       float sum[kRight][4] = {};
 #pragma unroll
@@ -182,7 +174,7 @@ class FloatProducts {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float scale = load_scale(at + to_scale_, i / 2 * 8, problem_.scale_type);
+        const float scale = parameters_.scale(at, i / 2);
 #pragma unroll
         for (int r = 0; r < kRight; ++r) {
           total_[r][i] = fmaf(scale, sum[r][i], total_[r][i]);
@@ -212,7 +204,8 @@ class FloatProducts {
   static constexpr int kRight = kColumns / 8;  // right-hand fragments
 
   const Problem& problem_;
-  uint32_t x_, x_unit_, to_zero_, to_scale_;
+  StageParameters<kBits> parameters_;
+  uint32_t x_, x_unit_;
   float total_[kRight][4];
 };
 
@@ -319,14 +312,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       cp_async_wait<kDecodeStages - 1>();
       warp_sync();
       uint32_t words[4 * kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const uint4 v = ld_shared<uint4>(stage + i * 512);
-        words[4 * i] = v.x;
-        words[4 * i + 1] = v.y;
-        words[4 * i + 2] = v.z;
-        words[4 * i + 3] = v.w;
-      }
+      load_words<kLoads>(words, stage, 512);
       products.add_unit(stage, words);
       warp_sync();  // All lanes have read the stage.
       copy_unit(stage);

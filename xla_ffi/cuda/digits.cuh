@@ -12,8 +12,7 @@
 // tiny ones, is multiplied in f32 instead, value by value.
 #pragma once
 
-#include "decode.h"
-#include "fragment.cuh"
+#include "stage.cuh"
 
 namespace jax_gptq::cuda {
 
@@ -94,7 +93,7 @@ class DigitProducts {
   using Type = T;
 
   __device__ __forceinline__ DigitProducts(const DecodeArguments& args, const Run& run)
-      : problem_(args.problem), run_(run) {
+      : problem_(args.problem), run_(run), parameters_(args.problem.scale_type) {
     const int lane = threadIdx.x % 32;
     exponent_ = write_digits(x_to(run));
     warp_sync();
@@ -104,13 +103,6 @@ class DigitProducts {
       ones_[i] = 0x01010101u;
       keep(ones_[i]);
     }
-    // In a stage, less the lane's place in it: this lane's zero point and scale.
-    const int lane_bytes = lane * kLaneBytes;
-    to_zero_ = unit_code_bytes(kBits) + kFragmentN * 4 + lane / 4 - lane_bytes;
-    keep(to_zero_);
-    const int scale_bytes = problem_.scale_type == Dtype::kF32 ? 4 : 2;
-    to_scale_ = unit_code_bytes(kBits) + lane / 4 * scale_bytes - lane_bytes;
-    keep(to_scale_);
   }
 
   // Where the row is copied to.
@@ -127,14 +119,7 @@ class DigitProducts {
   // Adds the next unit, whose codes are `words` and whose parameters are in the stage.
   __device__ __forceinline__ void add_unit(uint32_t stage, const uint32_t* words) {
     uint32_t right[kUnitBlocks];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint4 v = ld_shared<uint4>(unit_digits_ + i * (kDigitBytes / 2));
-      right[4 * i] = v.x;
-      right[4 * i + 1] = v.y;
-      right[4 * i + 2] = v.z;
-      right[4 * i + 3] = v.w;
-    }
+    load_words<kUnitBlocks / 4>(right, unit_digits_, kDigitBytes / 2);
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
       int sum[4] = {}, of_digits[4] = {};
@@ -154,8 +139,8 @@ class DigitProducts {
       const uint32_t at = stage + set * kSetBytes;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // output features lane / 4 and lane / 4 + 8
-        const float scale = load_scale(at + to_scale_, 8 * i, problem_.scale_type);
-        const int zero = ld_shared<uint8_t>(at + to_zero_ + 8 * i) << (i == 1 ? kHighShift : 0);
+        const float scale = parameters_.scale(at, i);
+        const int zero = parameters_.zero(at, i) << (i == 1 ? kHighShift : 0);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int exact = sum[2 * i + j] - zero * of_digits[j];
@@ -257,8 +242,9 @@ class DigitProducts {
 
   const Problem& problem_;
   const Run& run_;
+  StageParameters<kBits> parameters_;
   int exponent_;
-  uint32_t digits_, unit_digits_, to_zero_, to_scale_, ones_[4];
+  uint32_t digits_, unit_digits_, ones_[4];
   float total_[4];
 };
 
