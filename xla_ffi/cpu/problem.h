@@ -60,7 +60,7 @@ struct Problem {
 };
 
 // Rows that one call of Kernel::matmul handles at most.
-constexpr int kMaxRows = 64;
+constexpr int kMaxRows = 128;
 
 // y = x W^T, of a table W.
 struct TableProblem {

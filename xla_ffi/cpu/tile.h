@@ -20,6 +20,7 @@
 // was measured, is in xla_ffi/docs/cpu_notes.md.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -100,10 +101,9 @@ struct Sums {
   alignas(64) float lost[kMaxRows][kTileColumns];
 };
 
-// Adds one row's integers of a block, of the vector at `column`, to the row's sums. `x` is where
-// the row is in x_scales and x_sums.
+// Adds one row's integers of a block, of the vector at `column`, to the row's sums.
 template <class Isa, int kDigits, class Columns>
-static inline __attribute__((always_inline)) void AddBlock(const Problem& problem, int64_t x,
+static inline __attribute__((always_inline)) void AddBlock(float x_scale, const int32_t* x_sums,
                                                            const Columns& columns, int column,
                                                            const typename Isa::I (&acc)[kDigits],
                                                            float* sum, float* lost) {
@@ -112,14 +112,14 @@ static inline __attribute__((always_inline)) void AddBlock(const Problem& proble
   I high = acc[0];
   if constexpr (kDigits > 1) high = Isa::Add(Isa::ShiftLeft(high, 8), acc[1]);
   if constexpr (!Columns::kWidened) {
-    high = Isa::Sub(high, Isa::Mul(columns.Zero(column), Isa::Set(problem.x_sums[2 * x])));
+    high = Isa::Sub(high, Isa::Mul(columns.Zero(column), Isa::Set(x_sums[0])));
   }
-  const F factor = Isa::MulF(columns.Scale(column), Isa::SetF(problem.x_scales[x]));
+  const F factor = Isa::MulF(columns.Scale(column), Isa::SetF(x_scale));
   const F old_sum = Isa::LoadF(sum + column);
   if constexpr (kDigits == 3) {
     I low = acc[2];
     if constexpr (!Columns::kWidened) {
-      low = Isa::Sub(low, Isa::Mul(columns.Zero(column), Isa::Set(problem.x_sums[2 * x + 1])));
+      low = Isa::Sub(low, Isa::Mul(columns.Zero(column), Isa::Set(x_sums[1])));
     }
     const F value = Isa::Fma(Isa::Convert(high), Isa::SetF(256.0f), Isa::Convert(low));
     const F corrected = Isa::FusedMulSub(value, factor, Isa::LoadF(lost + column));
@@ -128,6 +128,18 @@ static inline __attribute__((always_inline)) void AddBlock(const Problem& proble
     Isa::StoreF(sum + column, new_sum);
   } else {  // Coarser than f32 anyway.
     Isa::StoreF(sum + column, Isa::Fma(Isa::Convert(high), factor, old_sum));
+  }
+}
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// Calls body(kBegin), body(kBegin + kStep), ..., with constants below kEnd.
+template <int kBegin, int kEnd, int kStep, class Body>
+static inline __attribute__((always_inline)) void Steps(const Body& body) {
+  if constexpr (kBegin < kEnd) {
+    body(Constant<kBegin>());
+    Steps<kBegin + kStep, kEnd, kStep>(body);
   }
 }
 
@@ -144,9 +156,14 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
   constexpr int kQuadLines = kWords == 8 ? 2 : 1;  // of the cache
   // A dot product takes several cycles: too few accumulators would wait for one another.
   constexpr int kParts = kRows * kVectors * kDigits < 4 ? 2 : 1;
+  // Rows of widened columns meet the last chunk a few at a time, so that the CPU adds the sums of
+  // some while it multiplies the next.
+  constexpr int kStep = kWidened ? std::min(kRows, kDigits == 3 ? 1 : kDigits == 2 ? 2 : 4) : kRows;
   const Block& block = problem.blocks[b];
   const int64_t stride = block.chunks * kDigits * kChunkRows;
   const int8_t* digits = Digits(problem, block, row);
+  const float* x_scales = problem.x_scales + b * problem.rows + row;
+  const int32_t* x_sums = problem.x_sums + 2 * (b * problem.rows + row);
   words += column;
 
   I acc[kRows][kVectors][kParts][kDigits];
@@ -162,7 +179,7 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
       }
     }
   }
-  for (int chunk = 0; chunk < block.chunks; ++chunk) {
+  const auto multiply = [&](auto first, auto last) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int j = 0; j < kQuads; ++j) {
       if constexpr (!kWidened) {
@@ -177,7 +194,7 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
         codes[v] = LoadQuad<Isa, kWords>(words + v * Isa::kLanes, j);
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = first; r < last; ++r) {
 #pragma GCC unroll 8
         for (int d = 0; d < kDigits; ++d) {
           const I x = Isa::Broadcast(digits + r * stride + d * kChunkRows + j * 4);
@@ -189,21 +206,28 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
         }
       }
     }
+  };
+  const int chunks = kStep < kRows ? block.chunks - 1 : block.chunks;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    multiply(Constant<0>(), Constant<kRows>());
     words += kWords * kTileColumns;
     digits += kDigits * kChunkRows;
   }
+  Steps<0, kRows, kStep>([&](auto first) __attribute__((always_inline)) {
+    if constexpr (kStep < kRows) multiply(first, Constant<first + kStep>());
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = first; r < first + kStep; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
-      for (int d = 0; d < kDigits; ++d) {
-        if constexpr (kParts == 2) acc[r][v][0][d] = Isa::Add(acc[r][v][0][d], acc[r][v][1][d]);
+        for (int d = 0; d < kDigits; ++d) {
+          if constexpr (kParts == 2) acc[r][v][0][d] = Isa::Add(acc[r][v][0][d], acc[r][v][1][d]);
+        }
+        AddBlock<Isa, kDigits>(x_scales[r], x_sums + 2 * r, columns, column + v * Isa::kLanes,
+                               acc[r][v][0], sum[r], lost[r]);
       }
-      AddBlock<Isa, kDigits>(problem, b * problem.rows + row + r, columns, column + v * Isa::kLanes,
-                             acc[r][v][0], sum[r], lost[r]);
     }
-  }
+  });
 }
 
 // Calls body(row, number) for kRows rows at a time, and for what remains by halves of that.
@@ -253,17 +277,18 @@ static __attribute__((noinline)) void WidenSigned(const StoredColumns<Isa>& stor
   using I = typename Isa::I;
   for (int c = 0; c < kTileColumns; c += Isa::kLanes) {
     const I zeros = Isa::Mul(stored.Zero(c), Isa::Set(0x01010101));
-    I sum = Isa::Set(0);
+    I sums[2] = {Isa::Set(0), Isa::Set(0)};  // One would be a chain of dot products.
     for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma GCC unroll 8
       for (int j = 0; j < kQuads; ++j) {
         const uint32_t* from = words + chunk * (kWords * kTileColumns);
         if (c == 0) Prefetch(from + j * (kWords * kTileColumns / kQuads));
         const I quad = Isa::SubBytes(LoadQuad<Isa, kWords>(from + c, j), zeros);
-        sum = Isa::template Dot<false>(sum, Isa::Set(0x01010101), quad);
+        sums[j % 2] = Isa::template Dot<false>(sums[j % 2], Isa::Set(0x01010101), quad);
         Isa::StoreI(columns->bytes + (chunk * kQuads + j) * kTileColumns + c, quad);
       }
     }
+    const I sum = Isa::Add(sums[0], sums[1]);
     Isa::StoreI(columns->start + c, Isa::Sub(Isa::Set(0), Isa::ShiftLeft(sum, 7)));
     Isa::StoreF(columns->scale + c, stored.Scale(c));
   }
@@ -358,12 +383,18 @@ static void F32Matmul(const Problem& problem, int64_t tile, const int64_t* rows,
 
 static inline void StoreRow(const Problem& problem, int64_t tile, int64_t row, float* sums) {
   const int64_t first = tile * kTileColumns;
+  const auto store = [&](auto count) {
+    if (problem.bias != nullptr) {
+      for (int i = 0; i < count; ++i) sums[i] += problem.bias[first + i];
+    }
+    StoreFloats(sums, count, problem.y, problem.x_type, row * problem.columns + first);
+  };
   const int64_t left = problem.columns - first;
-  const int count = left < kTileColumns ? static_cast<int>(left) : kTileColumns;
-  if (problem.bias != nullptr) {
-    for (int i = 0; i < count; ++i) sums[i] += problem.bias[first + i];
+  if (left < kTileColumns) {
+    store(static_cast<int>(left));
+  } else {
+    store(Constant<kTileColumns>());  // A copy of a constant size is no call.
   }
-  StoreFloats(sums, count, problem.y, problem.x_type, row * problem.columns + first);
 }
 
 template <class Isa, int kWords, int kDigits>

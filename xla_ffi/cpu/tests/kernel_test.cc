@@ -150,7 +150,7 @@ void TestKernels() {
       cases.push_back({words, bits, 1, 320, 33, {0, 128, 256, 320}, false, digits});
       cases.push_back({words, bits, 3, 101, 31, {0, 40, 41, 41, 101}, true, digits});
       cases.push_back({words, bits, 7, 32, 64, {0, 32}, false, digits});
-      cases.push_back({words, bits, 66, 300, 5, {0, 300}, true, digits});
+      cases.push_back({words, bits, 131, 300, 5, {0, 300}, true, digits});
     }
   }
   uint32_t seed = 1;
