@@ -101,33 +101,31 @@ struct Sums {
   alignas(64) float lost[kMaxRows][kTileColumns];
 };
 
-// Adds one row's integers of a block, of the vector at `column`, to the row's sums.
-template <class Isa, int kDigits, class Columns>
+// Adds one row's integers of a block and a vector of columns to the row's sums. `zero` is null
+// where the zero points are subtracted already.
+template <class Isa, int kDigits>
 static inline __attribute__((always_inline)) void AddBlock(float x_scale, const int32_t* x_sums,
-                                                           const Columns& columns, int column,
+                                                           typename Isa::F scale,
+                                                           const typename Isa::I* zero,
                                                            const typename Isa::I (&acc)[kDigits],
                                                            float* sum, float* lost) {
   using I = typename Isa::I;
   using F = typename Isa::F;
   I high = acc[0];
   if constexpr (kDigits > 1) high = Isa::Add(Isa::ShiftLeft(high, 8), acc[1]);
-  if constexpr (!Columns::kWidened) {
-    high = Isa::Sub(high, Isa::Mul(columns.Zero(column), Isa::Set(x_sums[0])));
-  }
-  const F factor = Isa::MulF(columns.Scale(column), Isa::SetF(x_scale));
-  const F old_sum = Isa::LoadF(sum + column);
+  if (zero != nullptr) high = Isa::Sub(high, Isa::Mul(*zero, Isa::Set(x_sums[0])));
+  const F factor = Isa::MulF(scale, Isa::SetF(x_scale));
+  const F old_sum = Isa::LoadF(sum);
   if constexpr (kDigits == 3) {
     I low = acc[2];
-    if constexpr (!Columns::kWidened) {
-      low = Isa::Sub(low, Isa::Mul(columns.Zero(column), Isa::Set(x_sums[1])));
-    }
+    if (zero != nullptr) low = Isa::Sub(low, Isa::Mul(*zero, Isa::Set(x_sums[1])));
     const F value = Isa::Fma(Isa::Convert(high), Isa::SetF(256.0f), Isa::Convert(low));
-    const F corrected = Isa::FusedMulSub(value, factor, Isa::LoadF(lost + column));
+    const F corrected = Isa::FusedMulSub(value, factor, Isa::LoadF(lost));
     const F new_sum = Isa::AddF(old_sum, corrected);
-    Isa::StoreF(lost + column, Isa::SubF(Isa::SubF(new_sum, old_sum), corrected));
-    Isa::StoreF(sum + column, new_sum);
+    Isa::StoreF(lost, Isa::SubF(Isa::SubF(new_sum, old_sum), corrected));
+    Isa::StoreF(sum, new_sum);
   } else {  // Coarser than f32 anyway.
-    Isa::StoreF(sum + column, Isa::Fma(Isa::Convert(high), factor, old_sum));
+    Isa::StoreF(sum, Isa::Fma(Isa::Convert(high), factor, old_sum));
   }
 }
 
@@ -151,6 +149,7 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
                                                              float (*sum)[kTileColumns],
                                                              float (*lost)[kTileColumns]) {
   using I = typename Isa::I;
+  using F = typename Isa::F;
   constexpr int kVectors = Isa::kVectors;
   constexpr bool kWidened = Columns::kWidened;
   constexpr int kQuadLines = kWords == 8 ? 2 : 1;  // of the cache
@@ -180,6 +179,7 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
     }
   }
   const auto multiply = [&](auto first, auto last) __attribute__((always_inline)) {
+    constexpr int kFirst = first, kLast = last;
 #pragma GCC unroll 8
     for (int j = 0; j < kQuads; ++j) {
       if constexpr (!kWidened) {
@@ -194,7 +194,7 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
         codes[v] = LoadQuad<Isa, kWords>(words + v * Isa::kLanes, j);
       }
 #pragma GCC unroll 8
-      for (int r = first; r < last; ++r) {
+      for (int r = kFirst; r < kLast; ++r) {
 #pragma GCC unroll 8
         for (int d = 0; d < kDigits; ++d) {
           const I x = Isa::Broadcast(digits + r * stride + d * kChunkRows + j * 4);
@@ -213,18 +213,27 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
     words += kWords * kTileColumns;
     digits += kDigits * kChunkRows;
   }
-  Steps<0, kRows, kStep>([&](auto first) __attribute__((always_inline)) {
-    if constexpr (kStep < kRows) multiply(first, Constant<first + kStep>());
+  F scale[kVectors];
+  I zero[kVectors];
 #pragma GCC unroll 8
-    for (int r = first; r < first + kStep; ++r) {
+  for (int v = 0; v < kVectors; ++v) {
+    scale[v] = columns.Scale(column + v * Isa::kLanes);
+    if constexpr (!kWidened) zero[v] = columns.Zero(column + v * Isa::kLanes);
+  }
+  Steps<0, kRows, kStep>([&](auto first) __attribute__((always_inline)) {
+    constexpr int kFirst = first;
+    if constexpr (kStep < kRows) multiply(first, Constant<kFirst + kStep>());
+#pragma GCC unroll 8
+    for (int r = kFirst; r < kFirst + kStep; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
         for (int d = 0; d < kDigits; ++d) {
           if constexpr (kParts == 2) acc[r][v][0][d] = Isa::Add(acc[r][v][0][d], acc[r][v][1][d]);
         }
-        AddBlock<Isa, kDigits>(x_scales[r], x_sums + 2 * r, columns, column + v * Isa::kLanes,
-                               acc[r][v][0], sum[r], lost[r]);
+        const int c = column + v * Isa::kLanes;
+        AddBlock<Isa, kDigits>(x_scales[r], x_sums + 2 * r, scale[v], kWidened ? nullptr : &zero[v],
+                               acc[r][v][0], sum[r] + c, lost[r] + c);
       }
     }
   });
