@@ -14,7 +14,10 @@ using DecodeKernel = void (*)(DecodeArguments);
 
 template <class T, int kBits, int kSets>
 DecodeKernel choose(const Problem& p) {
-  if (as_digits(p)) return decode<DigitProducts<T, kBits, kSets>, kBits, kSets>;
+  if (as_digits(p)) {
+    return p.m > 2 ? decode<DigitProducts<T, kBits, 4, kSets>, kBits, kSets>
+                   : decode<DigitProducts<T, kBits, 2, kSets>, kBits, kSets>;
+  }
   return p.m > 8 ? decode<FloatProducts<T, kBits, 16, kSets>, kBits, kSets>
                  : decode<FloatProducts<T, kBits, 8, kSets>, kBits, kSets>;
 }

@@ -27,20 +27,27 @@ __device__ __forceinline__ void decode_copy_x(const DecodeArguments& args, const
   const int lane = threadIdx.x % 32;
   const int pieces = run.units * (kUnitK / 8);  // of 16 bytes, per row
 #pragma unroll 1
-  for (int row = 0; row < p.m; ++row) {
-    const uint16_t* x = static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(row) * p.k;
+  for (int piece = lane; piece < pieces; piece += 32) {
+    const int k = run.first * kUnitK + piece * 8;
+    const uint16_t* from = static_cast<const uint16_t*>(p.x) + k;
+    uint32_t destination = to + piece * 16;
+    if (p.k % 8 == 0) {
+#pragma unroll 4
+      for (int row = 0; row < p.m; ++row) {
+        cp_async_16(destination, from, k < p.k);
+        from += p.k;
+        destination += args.x_pitch;
+      }
+    } else {
 #pragma unroll 1
-    for (int piece = lane; piece < pieces; piece += 32) {
-      const int k = run.first * kUnitK + piece * 8;
-      const uint32_t destination = to + row * args.x_pitch + piece * 16;
-      if (p.k % 8 == 0) {
-        cp_async_16(destination, x + k, k < p.k);
-      } else {
+      for (int row = 0; row < p.m; ++row) {
 #pragma unroll 1
         for (int e = 0; e < 8; ++e) {
-          const uint16_t value = k + e < p.k ? ld_global_nc<uint16_t>(x + k + e) : 0;
+          const uint16_t value = k + e < p.k ? ld_global_nc<uint16_t>(from + e) : 0;
           st_shared(destination + 2 * e, value);
         }
+        from += p.k;
+        destination += args.x_pitch;
       }
     }
   }
@@ -135,6 +142,8 @@ class FloatProducts {
     // k 8 (j % 2) of 16, rows of x 8 (j / 2).
     const int row = min(lane % 8 + (kRight == 2 ? lane / 16 * 8 : 0), problem_.m - 1);
     x_ = run.x + row * args.x_pitch + (kRight == 2 ? lane / 8 % 2 * 16 : lane / 8 * 16);
+    to_sums_ = (first_row() * kSumsPitch + lane / 4) * 4;
+    keep(to_sums_);
   }
 
   __device__ __forceinline__ static uint32_t x_to(const Run& run) { return run.x; }
@@ -187,14 +196,14 @@ class FloatProducts {
   // Writes the warp's sums of the strip: [m][kSumsPitch] f32.
   __device__ __forceinline__ void store(int /*strip*/, uint32_t sums) const {
     // A lane's sums: rows lane / 4 (+ 8) of a fragment, columns 2 (lane % 4) (+ 1).
-    const int lane = threadIdx.x % 32;
+    const uint32_t at = sums + to_sums_;
 #pragma unroll
     for (int r = 0; r < kRight; ++r) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int m = r * 8 + lane % 4 * 2 + i % 2;
-        if (m < problem_.m) {
-          st_shared(sums + (m * kSumsPitch + lane / 4 + i / 2 * 8) * 4, total_[r][i]);
+        const int row = r * 8 + i % 2;
+        if (first_row() < problem_.m - row) {
+          st_shared(at + (row * kSumsPitch + i / 2 * 8) * 4, total_[r][i]);
         }
       }
     }
@@ -203,9 +212,11 @@ class FloatProducts {
  private:
   static constexpr int kRight = kColumns / 8;  // right-hand fragments
 
+  __device__ __forceinline__ static int first_row() { return threadIdx.x % 4 * 2; }
+
   const Problem& problem_;
   StageParameters<kBits> parameters_;
-  uint32_t x_, x_unit_;
+  uint32_t x_, x_unit_, to_sums_;
   float total_[kRight][4];
 };
 
@@ -249,14 +260,19 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   keep(parameter_bytes);
   int group_bytes = kTileN * parameter_bytes;
   keep(group_bytes);
-  const char* all_parameters =
+  // This lane's pieces of the first strip of a tile, of unit 0 and group 0.
+  const char* first_codes =
+      static_cast<const char*>(p.codes) + lane_offset(kBits, steps, 0, 2 * run.first, 0, 0, lane);
+  const char* first_parameters =
       static_cast<const char*>(is_zero ? p.zeros : p.scales) + piece % 4 * 16;
+  const uint32_t tile_bytes = steps * step_bytes(kBits);
+  const uint32_t tile_parameters = p.groups * group_bytes;
   uint32_t to_parameters = kCodeBytes + set_lane * kSetBytes + piece * 16 - lane_bytes;
   keep(to_parameters);
   const bool half_tail = 2 * (run.first + run.units) > steps;  // the last unit is one step
   const char* codes = nullptr;                                 // this lane's next 16 bytes
   const char* parameters = nullptr;                            // this lane's 16 bytes of group 0
-  int copied_strip = first_strip - stride;
+  uint32_t copied_strip = first_strip - stride;
   int copied_set = 0;
   int left = 0;  // units left in the strip
   const auto copy_unit = [&](uint32_t stage) {
@@ -264,13 +280,12 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       copied_strip += stride;
       left = run.units;
       copied_set = run.first * kSets + set_lane;
-      const int n = copied_strip * kFragmentN;
-      codes =
-          static_cast<const char*>(p.codes) +
-          lane_offset(kBits, steps, n / kTileN, 2 * run.first, 0, n % kTileN / kFragmentN, lane);
-      parameters = all_parameters + parameter_index(p.groups, 0, n) * parameter_bytes;
+      const uint32_t tile = copied_strip / kTileStrips, part = copied_strip % kTileStrips;
+      codes = first_codes + uint64_t{tile} * tile_bytes + part * (32 * kLaneBytes);
+      parameters = first_parameters + uint64_t{tile} * tile_parameters +
+                   part * (kFragmentN * parameter_bytes);
     }
-    if (copied_strip < args.strips) {
+    if (copied_strip < static_cast<uint32_t>(args.strips)) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const bool valid = i < kLoads / 2 || !half_tail || left > 1;
@@ -302,7 +317,9 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 
   Products products(args, run);
 
-  uint32_t stage = ring;
+  const int slot_bytes = kDecodeWarps * p.m * kSumsPitch * 4;
+  const uint32_t first_sums = shared_base() + args.parts + warp * p.m * kSumsPitch * 4;
+  uint32_t stage = ring, sums = first_sums;
   int slot = 0;
 #pragma unroll 1
   for (int strip = first_strip; strip < args.strips; strip += stride) {
@@ -319,13 +336,14 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       stage += kStageBytes;
       if (stage == ring + kDecodeStages * kStageBytes) stage = ring;
     }
-    products.store(
-        strip, shared_base() + args.parts + (slot * kDecodeWarps + warp) * p.m * kSumsPitch * 4);
+    products.store(strip, sums);
+    sums += slot_bytes;
     ++slot;
     const bool last = strip + stride >= args.strips;
     if (slot < args.slots && !last) continue;
     decode_add<typename Products::Type>(args, strip - (slot - 1) * stride, stride, slot, split);
     slot = 0;
+    sums = first_sums;
     if (!last) block_sync();
   }
   cp_async_wait<0>();

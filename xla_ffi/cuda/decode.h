@@ -11,6 +11,7 @@ constexpr int kDecodeWarps = 16;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kUnitK = 2 * kStepK;                // input features of a stage
 constexpr int kUnitBlocks = kUnitK / kFragmentK;  // of 16 along K in a unit
+constexpr int kTileStrips = kTileN / kFragmentN;  // of 16 output features in a tile
 constexpr int kDecodeStages = 2;                  // of a warp's ring
 constexpr int kParameterBytes = 4 + 1;            // that a stage has for a scale and a zero point
 
@@ -27,22 +28,23 @@ constexpr int parameter_sets(const Problem& p) {
 constexpr int kSetBytes = kFragmentN * kParameterBytes;
 constexpr int stage_bytes(int bits, int sets) { return unit_code_bytes(bits) + sets * kSetBytes; }
 
-// One row of x becomes digits (digits.cuh).
+// Rows that are planned alike, as many as the last of them: their outputs are the same in any
+// batch.
+constexpr int decode_rows(int m) { return m <= 2 ? m : m <= 4 ? 4 : m <= 8 ? 8 : 16; }
+
+// Few rows of x become digits (digits.cuh): three or four only where making those takes little.
 constexpr int kDigits = 4;
-constexpr int kDigitBytes = kUnitK * kDigits;  // of a unit
-constexpr bool as_digits(const Problem& p) { return p.m == 1; }
+constexpr int kDigitBytes = kUnitK * kDigits;  // of a unit and row
+constexpr bool as_digits(const Problem& p) { return p.m <= 2 || (p.m <= 4 && p.k <= 8192); }
 
 // Words between rows of sums: 4 modulo 16, so that a warp writes without conflicts.
 constexpr int kSumsPitch = kFragmentN + 4;
 
-// Bytes between rows of x in shared memory: 16 modulo 128, so that ldmatrix reads without
-// conflicts.
-constexpr int decode_x_pitch(int units) { return units * kUnitK * 2 + 16; }
-
-// Bytes between units of x.
+// Bytes between units of a row of x in shared memory, and between rows: of floats 16 modulo 128, so
+// that ldmatrix reads without conflicts.
 constexpr int decode_x_unit(const Problem& p) { return as_digits(p) ? kDigitBytes : kUnitK * 2; }
-constexpr int decode_x_bytes(const Problem& p, int units) {
-  return as_digits(p) ? units * decode_x_unit(p) : p.m * decode_x_pitch(units);
+constexpr int decode_x_pitch(const Problem& p, int units) {
+  return units * decode_x_unit(p) + (as_digits(p) ? 0 : 16);
 }
 
 // The part of K that a warp works on, the same in every strip.
@@ -59,7 +61,7 @@ struct DecodeShared {
 
   constexpr DecodeShared(const Problem& p, int splits, int rounds, bool cluster, int limit)
       : x(kDecodeWarps * kDecodeStages * stage_bytes(p.bits, parameter_sets(p))),
-        parts(x + decode_x_bytes(p, ceil_div(ceil_div(p.k, kUnitK), splits))),
+        parts(x + p.m * decode_x_pitch(p, ceil_div(ceil_div(p.k, kUnitK), splits))),
         slots(std::max(0, std::min(rounds, (limit - parts) / slot_bytes(p, cluster)))),
         sums(parts + slots * slot_bytes(p, false)),
         size(parts + slots * slot_bytes(p, cluster)) {}
@@ -99,7 +101,7 @@ inline DecodeArguments decode_arguments(const Problem& problem, const Plan& plan
   args.splits_log2 = log2_of(plan.splits);
   args.strips = decode_strips(problem);
   args.units = ceil_div(problem.k, kUnitK);
-  args.x_pitch = decode_x_pitch(ceil_div(args.units, plan.splits));
+  args.x_pitch = decode_x_pitch(problem, ceil_div(args.units, plan.splits));
   args.x_unit = decode_x_unit(problem);
   args.rows = Divisor(problem.m);
   const int sets = parameter_sets(problem);

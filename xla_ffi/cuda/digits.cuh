@@ -1,10 +1,11 @@
-// One row of x for kernel A: products of integers.
+// Up to four rows of x for kernel A: products of integers.
 //
-// The row becomes four balanced base-256 digits, in fixed point relative to the largest of its
-// values that a warp holds. Digits are bytes, and so are codes: the tensor cores multiply the codes
-// as they are, four to a word after one mask, by the digits, which are four columns of one product.
-// Per 1 KB of codes that is half of the instructions that 16-bit floats take. Zero points are
-// subtracted from the sums, with the sum of the digits, a product with ones; scales apply in f32.
+// A row becomes four balanced base-256 digits, in fixed point relative to the largest of its values
+// that a warp holds. Digits are bytes, and so are codes: the tensor cores multiply the codes as
+// they are, four to a word after one mask, by the digits, which are four of the eight columns of a
+// product. Per 1 KB of codes that is half of the instructions that 16-bit floats take. Zero points
+// are subtracted from the sums, with the sum of the digits, a product with ones; scales apply in
+// f32.
 //
 // Error: the digits hold 30 bits below the largest |x| of a warp's part of K, so an output differs
 // by at most 2^-31 sum over parts of max |x| sum |W|, beside the rounding of f32 sums. A part that
@@ -59,13 +60,14 @@ __device__ __forceinline__ void code_bytes(uint32_t& low_row, uint32_t& high_row
   }
 }
 
-// Sum over [first_k, last_k) of x [0, k] W [k, n], value by value; lanes 0..15 are the output
+// Sum over [first_k, last_k) of x [row, k] W [k, n], value by value; lanes 0..15 are the output
 // features of the strip and get it.
 template <class T, int kBits>
-__device__ __forceinline__ float multiply_plainly(const Problem& p, int strip, int first_k,
+__device__ __forceinline__ float multiply_plainly(const Problem& p, int row, int strip, int first_k,
                                                   int last_k) {
   const int lane = threadIdx.x % 32;
   const int n = strip * kFragmentN + lane % kFragmentN;  // below the padded N
+  const uint16_t* from = static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(row) * p.k;
   float sum = 0.0f;
 #pragma unroll 1
   for (int k = first_k + lane / kFragmentN; k < min(last_k, p.k); k += 2) {
@@ -76,18 +78,17 @@ __device__ __forceinline__ float multiply_plainly(const Problem& p, int strip, i
     const int zero = ld_global_nc<uint8_t>(static_cast<const uint8_t*>(p.zeros) + parameter);
     const float weight =
         load_scale_global(p.scales, parameter, p.scale_type) * static_cast<float>(code - zero);
-    const uint16_t x = ld_global_nc<uint16_t>(static_cast<const uint16_t*>(p.x) + k);
-    sum = fmaf(to_float<T>(x), weight, sum);
+    sum = fmaf(to_float<T>(ld_global_nc<uint16_t>(from + k)), weight, sum);
   }
   return sum + shuffle(sum, lane ^ kFragmentN);
 }
 
-// One lane's part of the products of a warp.
+// One lane's part of the products of a warp: the digits of kRows rows, two to a product.
 //
-// In shared memory the digits have 16 bytes for every step of 64 along K, digit and lane % 4: a
-// word for each 16 along K, its bytes in the order of code_bytes. The row itself, as copied, lies
-// in the second half until digits take its place.
-template <class T, int kBits, int kSets>
+// In shared memory the digits of a row have 16 bytes for every step of 64 along K, digit and
+// lane % 4: a word for each 16 along K, its bytes in the order of code_bytes. The row itself, as
+// copied, lies in the second half until digits take its place.
+template <class T, int kBits, int kRows, int kSets>
 class DigitProducts {
  public:
   using Type = T;
@@ -95,9 +96,29 @@ class DigitProducts {
   __device__ __forceinline__ DigitProducts(const DecodeArguments& args, const Run& run)
       : problem_(args.problem), run_(run), parameters_(args.problem.scale_type) {
     const int lane = threadIdx.x % 32;
-    exponent_ = write_digits(x_to(run));
+#pragma unroll 1
+    for (int row = 0; row < problem_.m; ++row) {
+      const int exponent = write_digits(run.x + row * args.x_pitch);
+      if (exponent == kNoDigits) plain_ |= 1 << row;
+#pragma unroll
+      for (int r = 0; r < kRight; ++r) {
+        if (row == lane_row(r)) exponent_[r] = exponent;
+      }
+    }
     warp_sync();
-    digits_ = run.x + (lane / 4 % kDigits * 4 + lane % 4) * 16;
+    // The lane holds column lane / 4 of the digits. Where there is no such row, any will do.
+    const int last = problem_.m - 1;
+    const int row = min(lane / 16, last);
+    digits_ = run.x + row * args.x_pitch + (lane / 4 % kDigits * 4 + lane % 4) * 16;
+    to_next_ = (min(2 + lane / 16, last) - row) * args.x_pitch;
+    // Its sums are digits 2 (lane % 2) and the next of row lane_row(r).
+    partner_ = lane ^ 1;
+    keep(partner_);
+    place_ = lane % 2 == 0 ? 1.0f : 65536.0f;
+    to_sums_ = (lane_row(0) * kSumsPitch + lane / 4) * 4;
+    keep(to_sums_);
+    rows_ = lane % 2 == 0 ? problem_.m - lane_row(0) : 0;
+    keep(rows_);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       ones_[i] = 0x01010101u;
@@ -105,35 +126,44 @@ class DigitProducts {
     }
   }
 
-  // Where the row is copied to.
+  // Where a row is copied to.
   __device__ __forceinline__ static uint32_t x_to(const Run& run) {
     return run.x + run.units * (kDigitBytes / 2);
   }
 
   __device__ __forceinline__ void begin_strip() {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) total_[i] = 0.0f;
+    for (int r = 0; r < kRight; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total_[r][i] = 0.0f;
+    }
     unit_digits_ = digits_;
   }
 
   // Adds the next unit, whose codes are `words` and whose parameters are in the stage.
   __device__ __forceinline__ void add_unit(uint32_t stage, const uint32_t* words) {
-    uint32_t right[kUnitBlocks];
-    load_words<kUnitBlocks / 4>(right, unit_digits_, kDigitBytes / 2);
+    uint32_t right[kRight][kUnitBlocks];
+#pragma unroll
+    for (int r = 0; r < kRight; ++r) {
+      load_words<kUnitBlocks / 4>(right[r], unit_digits_ + r * to_next_, kDigitBytes / 2);
+    }
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
-      int sum[4] = {}, of_digits[4] = {};
+      int sum[kRight][4] = {}, of_digits[kRight][4] = {};
 #pragma unroll
       for (int j = set * kSetBlocks; j < (set + 1) * kSetBlocks; j += 2) {
         uint32_t a[4];
         code_bytes<kBits>(a[0], a[1], words + j * kBits / 4);
-        if constexpr (kSetBlocks > 1) {
-          code_bytes<kBits>(a[2], a[3], words + (j + 1) * kBits / 4);
-          mma_m16n8k32(sum, a, {right[j], right[j + 1]});
-          mma_m16n8k32(of_digits, ones_, {right[j], right[j + 1]});
-        } else {
-          mma_m16n8k16(sum, {a[0], a[1]}, right[j]);
-          mma_m16n8k16(of_digits, {ones_[0], ones_[1]}, right[j]);
+        if (kSetBlocks > 1) code_bytes<kBits>(a[2], a[3], words + (j + 1) * kBits / 4);
+#pragma unroll
+        for (int r = 0; r < kRight; ++r) {
+          if constexpr (kSetBlocks > 1) {
+            mma_m16n8k32(sum[r], a, {right[r][j], right[r][j + 1]});
+            mma_m16n8k32(of_digits[r], ones_, {right[r][j], right[r][j + 1]});
+          } else {
+            mma_m16n8k16(sum[r], {a[0], a[1]}, right[r][j]);
+            mma_m16n8k16(of_digits[r], {ones_[0], ones_[1]}, right[r][j]);
+          }
         }
       }
       const uint32_t at = stage + set * kSetBytes;
@@ -142,45 +172,60 @@ class DigitProducts {
         const float scale = parameters_.scale(at, i);
         const int zero = parameters_.zero(at, i) << (i == 1 ? kHighShift : 0);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int exact = sum[2 * i + j] - zero * of_digits[j];
-          total_[2 * i + j] = fmaf(scale, static_cast<float>(exact), total_[2 * i + j]);
+        for (int r = 0; r < kRight; ++r) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int exact = sum[r][2 * i + j] - zero * of_digits[r][j];
+            total_[r][2 * i + j] = fmaf(scale, static_cast<float>(exact), total_[r][2 * i + j]);
+          }
         }
       }
     }
     unit_digits_ += kDigitBytes;
   }
 
-  // Writes the warp's sums of the strip: 16 f32.
+  // Writes the warp's sums of the strip: [m][kSumsPitch] f32.
   __device__ __forceinline__ void store(int strip, uint32_t sums) const {
-    const int lane = threadIdx.x % 32;
-    if (exponent_ == kNoDigits) {
+#pragma unroll
+    for (int r = 0; r < kRight; ++r) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float value = fmaf(total_[r][2 * i + 1], 256.0f, total_[r][2 * i]) * place_;
+        value += shuffle(value, partner_);
+        value = scale_by_power(value, exponent_[r] - 30 - (i == 1 ? kHighShift : 0));
+        if (rows_ > 2 * r) {
+          st_shared(sums + to_sums_ + (2 * r * kSumsPitch + 8 * i) * 4, value);
+        }
+      }
+    }
+    if (plain_ == 0) return;
+    warp_sync();
+#pragma unroll 1
+    for (int row = 0; row < problem_.m; ++row) {
+      if ((plain_ >> row & 1) == 0) continue;
       const int first_k = run_.first * kUnitK;
       const float sum =
-          multiply_plainly<T, kBits>(problem_, strip, first_k, first_k + run_.units * kUnitK);
-      if (lane < kFragmentN) st_shared(sums + lane * 4, sum);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // Digits 2 (lane % 2) and the next; lanes 2 and 3 of four have the same as 0 and 1.
-      float value = fmaf(total_[2 * i + 1], 256.0f, total_[2 * i]);
-      if (lane % 2 == 1) value *= 65536.0f;
-      value += shuffle(value, lane ^ 1);
-      value = scale_by_power(value, exponent_ - 30 - (i == 1 ? kHighShift : 0));
-      if (lane % 4 == 0) st_shared(sums + (lane / 4 + 8 * i) * 4, value);
+          multiply_plainly<T, kBits>(problem_, row, strip, first_k, first_k + run_.units * kUnitK);
+      const int lane = threadIdx.x % 32;
+      if (lane < kFragmentN) st_shared(sums + (row * kSumsPitch + lane) * 4, sum);
     }
   }
 
  private:
   static constexpr int kSetBlocks = kUnitBlocks / kSets;
   static constexpr int kHighShift = kBits == 4 ? 4 : 0;  // of the second row (code_bytes)
+  static constexpr int kRight = kRows / 2;               // right-hand fragments
   static constexpr int kNoDigits = 1 << 20;
 
-  // Makes digits of the row at `x`. Returns the exponent e of the fixed point, values being digits
-  // 2^(e - 30), or kNoDigits where the part must be multiplied in f32.
-  __device__ __forceinline__ int write_digits(uint32_t x) const {
+  // The row whose sums the lane holds in fragment r.
+  __device__ __forceinline__ static int lane_row(int r) { return 2 * r + threadIdx.x % 4 / 2; }
+
+  // Makes digits, at `to`, of the row that has been copied there. Returns the exponent e of the
+  // fixed point, values being digits 2^(e - 30), or kNoDigits where the part must be multiplied in
+  // f32.
+  __device__ __forceinline__ int write_digits(uint32_t to) const {
     const int lane = threadIdx.x % 32;
+    const uint32_t x = to + run_.units * (kDigitBytes / 2);
     const int t = lane % 4, pair = lane / 4 % 2;  // two words of 16 along K at once
     const int steps = 2 * run_.units;
     uint32_t own2 = 0;  // the largest magnitudes of this lane, as bits of T
@@ -232,7 +277,7 @@ class DigitProducts {
       if (step < steps) {
 #pragma unroll
         for (int d = 0; d < kDigits; ++d) {
-          st_shared(run_.x + step * (kDigitBytes / 2) + (d * 4 + t) * 16 + pair * 8,
+          st_shared(to + step * (kDigitBytes / 2) + (d * 4 + t) * 16 + pair * 8,
                     make_uint2(words[0][d], words[1][d]));
         }
       }
@@ -243,9 +288,13 @@ class DigitProducts {
   const Problem& problem_;
   const Run& run_;
   StageParameters<kBits> parameters_;
-  int exponent_;
-  uint32_t digits_, unit_digits_, ones_[4];
-  float total_[4];
+  uint32_t plain_ = 0;  // rows that have no digits
+  int partner_, rows_;  // a lane with the other digits; rows from lane_row(0) on, to be written
+  float place_;
+  uint32_t to_sums_;
+  int exponent_[kRight] = {};
+  uint32_t digits_, to_next_, unit_digits_, ones_[4];
+  float total_[kRight][4];
 };
 
 }  // namespace jax_gptq::cuda

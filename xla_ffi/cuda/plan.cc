@@ -30,7 +30,7 @@ bool partial_sums_fit(const Problem& p, int splits) {
 // to 16 rows, where each block reads half of so much x. No plan (kernel kNone) where none do.
 Plan plan_decode(const Problem& problem, const Device& device) {
   Problem p = problem;
-  p.m = p.m == 1 ? 1 : p.m <= 4 ? 4 : p.m <= 8 ? 8 : kDecodeRows;
+  p.m = decode_rows(p.m);
   const bool clusters = device.arch >= 90;
   const int most = clusters ? kMaxClusterSplits : kMaxWorkspaceSplits;
   const bool halved = device.arch == 90 && p.m > 8 && ceil_div(p.k, kUnitK) > 1;
