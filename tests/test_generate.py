@@ -144,6 +144,22 @@ def test_sampling_follows_the_distribution():
     np.testing.assert_allclose(frequencies(0.0), [1, 0, 0, 0])
 
 
+def test_greedy_takes_the_first_of_the_largest():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-3, 4, (6, 1000)).astype(np.float32)  # many are equal
+    logits[1] = -np.inf
+    logits[2, 7] = np.inf
+    logits[3] = rng.standard_normal(1000)
+    sampler = Sampler.make(6, 0.0, None, None, None)
+    tokens = jax.jit(sampler)(logits, jnp.int32(0))
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    logits[4, 5] = np.nan
+    with_nan = sampler(jnp.asarray(logits), jnp.int32(0))
+    np.testing.assert_array_equal(np.delete(with_nan, 4), np.delete(tokens, 4))
+    assert 0 <= with_nan[4] < 1000
+
+
 def test_sampling_is_reproducible_and_row_by_row(model):
     ids = prompts(2, 6, seed=4)
     draw = dict(max_new_tokens=8, temperature=1.5, top_k=20, top_p=0.95)

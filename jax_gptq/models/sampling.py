@@ -59,7 +59,7 @@ class Sampler:
     def __call__(self, logits: Array, step: Array) -> Array:
         """f32 [B, vocab_size] and the number of the token -> int32 [B]."""
         if self.temperature is None or self.keys is None:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return most_likely(logits)
         logits = logits / self.temperature
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, step)
         vocabulary = logits.shape[-1]
@@ -72,3 +72,15 @@ class Sampler:
             logits = jnp.where(before < self.top_p, logits, -jnp.inf)
         chosen = jax.vmap(jax.random.categorical)(keys, logits)
         return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def most_likely(logits: Array) -> Array:
+    """f32 [B, vocab_size] -> int32 [B]: the first of the largest, as `jnp.argmax` finds it.
+
+    As two plain reductions: argmax's own one goes through the values one by one on a CPU. A row
+    with a NaN gives the last token.
+    """
+    tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    largest = logits.max(axis=-1, keepdims=True)
+    last = logits.shape[-1] - 1
+    return jnp.where(logits == largest, tokens, last).min(axis=-1)
