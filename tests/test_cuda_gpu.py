@@ -40,14 +40,14 @@ def test_formats(bits, group_size, dtype):
         weight, matrix = random_weight(rng, k, n, bits=bits, group_size=group_size)
         store = jax_gptq.prepare(weight, layout="cuda")
         bias = rng.normal(size=n).astype(np.float32)
-        for m in (1, 7, 16, 17, 33, 100):
+        for m in (1, 2, 3, 7, 16, 17, 33, 100):
             x = rows(rng, m, k, dtype)
             found = matmul(x, store, jnp.asarray(bias))
             assert rel_error(double(found), double(x) @ matrix + bias) < LIMIT[dtype], (m, k, n)
 
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
-@pytest.mark.parametrize("m", [1, 5, 16, 17, 64, 129, 300, 1100])
+@pytest.mark.parametrize("m", [1, 2, 4, 5, 16, 17, 64, 129, 300, 1100])
 def test_many_tiles(m, scale_dtype):
     rng = np.random.default_rng(m)
     for k, n in ((1024, 1000), (4096, 1536)):
@@ -66,7 +66,7 @@ def test_act_order(m):
     assert rel_error(double(found), double(x) @ matrix) < LIMIT["float16"]
 
 
-@pytest.mark.parametrize("m", [1, 16, 33, 200])
+@pytest.mark.parametrize("m", [1, 2, 4, 16, 33, 200])
 def test_small_integers_are_exact(m):
     rng = np.random.default_rng(m)
     weight, matrix = random_weight(rng, 256, 256, exact=True, group_size=64)
@@ -76,7 +76,7 @@ def test_small_integers_are_exact(m):
     np.testing.assert_array_equal(np.asarray(found), expected.astype(np.float16))
 
 
-@pytest.mark.parametrize("m", [1, 16, 64, 256])
+@pytest.mark.parametrize("m", [1, 2, 4, 16, 64, 256])
 def test_hundred_runs_give_the_same_bits(m):
     rng = np.random.default_rng(m)
     weight, _ = random_weight(rng, 4096, 1024)

@@ -77,9 +77,11 @@ class Sampler:
 def most_likely(logits: Array) -> Array:
     """f32 [B, vocab_size] -> int32 [B]: the first of the largest, as `jnp.argmax` finds it.
 
-    As two plain reductions: argmax's own one goes through the values one by one on a CPU. A row
-    with a NaN gives the last token.
+    As two plain reductions: XLA does not vectorize argmax's own one on a CPU. A row with a NaN
+    gives some token.
     """
+    # Both reductions must see the same bits, not compute the logits each in its own way.
+    logits = jax.lax.optimization_barrier(logits)
     tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     largest = logits.max(axis=-1, keepdims=True)
     last = logits.shape[-1] - 1

@@ -172,8 +172,8 @@ class CudaStore:
         once to x's dtype, and the result stays within 2.5 times the output rounding (5e-3 bfloat16,
         6e-4 float16). The handler chooses from the buffer's shape; where M is a Python int and
         large (`cuda_crossover.dequantize_from_rows`), the weight is dequantized by a kernel and XLA
-        multiplies. Row i of a batch has the bits of row i alone within M = 2 to 4, 5 to 8 and 9 to
-        16; at M = 1 and above 16, where the cuts of K change with M, it is as accurate.
+        multiplies. Row i of a batch has the same bits at M = 3 and 4, at M = 5 to 8 and at M = 9 to
+        16; otherwise, where the cuts of K change with M, it is as accurate.
         """
         del activations  # There is one mode.
         if self.perm is not None and not x_permuted:

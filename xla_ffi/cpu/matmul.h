@@ -54,7 +54,8 @@ void RunMatmul(const Kernel& kernel, Problem problem, int64_t pool_threads,
     }
   });
 
-  // Tiles within rows: the digits of these rows stay in the cache while W streams past them.
+  // Tiles within rows: the digits of these rows stay in the cache while W streams past them; three
+  // digits of a value take more of it.
   const int64_t block_rows = problem.digits == 3 ? kMaxRows / 2 : kMaxRows;
   const int64_t tiles = (problem.columns + kTileColumns - 1) / kTileColumns;
   const int64_t row_blocks = (rows + block_rows - 1) / block_rows;

@@ -156,8 +156,8 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
   // A dot product takes several cycles: too few accumulators would wait for one another.
   constexpr int kParts = kRows * kVectors * kDigits < 4 ? 2 : 1;
   // Rows of widened columns meet the last chunk a few at a time, so that the CPU adds the sums of
-  // some while it multiplies the next.
-  constexpr int kStep = kWidened ? std::min(kRows, kDigits == 3 ? 1 : kDigits == 2 ? 2 : 4) : kRows;
+  // some while it multiplies the next: as few as keep enough accumulators.
+  constexpr int kStep = !kWidened || kDigits == 1 ? kRows : std::min(kRows, kDigits == 3 ? 1 : 2);
   const Block& block = problem.blocks[b];
   const int64_t stride = block.chunks * kDigits * kChunkRows;
   const int8_t* digits = Digits(problem, block, row);
@@ -242,7 +242,7 @@ static inline __attribute__((always_inline)) void FixedBlock(const Problem& prob
 // Calls body(row, number) for kRows rows at a time, and for what remains by halves of that.
 template <int kRows, class Body>
 static inline void ByRows(int64_t begin, int64_t end, const Body& body) {
-  for (; begin + kRows <= end; begin += kRows) body(begin, std::integral_constant<int, kRows>());
+  for (; begin + kRows <= end; begin += kRows) body(begin, Constant<kRows>());
   if constexpr (kRows > 1) ByRows<kRows / 2>(begin, end, body);
 }
 
@@ -426,7 +426,7 @@ static void MatmulOfWords(const Problem& problem, int64_t tile, int64_t row_begi
   Sums sums;
   const int64_t count = row_end - row_begin;
   std::memset(sums.sum, 0, count * sizeof(sums.sum[0]));
-  std::memset(sums.lost, 0, count * sizeof(sums.lost[0]));
+  if (problem.digits == 3) std::memset(sums.lost, 0, count * sizeof(sums.lost[0]));
   switch (problem.digits) {
     case 1:
       FixedMatmul<Isa, kWords, 1>(problem, tile, row_begin, row_end, &sums);

@@ -13,8 +13,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode(DecodeArguments args
 using DecodeKernel = void (*)(DecodeArguments);
 
 template <class T, int kBits, int kSets>
-DecodeKernel choose(const Problem& p) {
-  if (as_digits(p)) {
+DecodeKernel choose(const Problem& p, bool digits) {
+  if (digits) {
     return p.m > 2 ? decode<DigitProducts<T, kBits, 4, kSets>, kBits, kSets>
                    : decode<DigitProducts<T, kBits, 2, kSets>, kBits, kSets>;
   }
@@ -23,30 +23,31 @@ DecodeKernel choose(const Problem& p) {
 }
 
 template <class T, int kBits>
-DecodeKernel choose(const Problem& p) {
+DecodeKernel choose(const Problem& p, bool digits) {
   switch (parameter_sets(p)) {
     case 1:
-      return choose<T, kBits, 1>(p);
+      return choose<T, kBits, 1>(p, digits);
     case 2:
-      return choose<T, kBits, 2>(p);
+      return choose<T, kBits, 2>(p, digits);
     case 4:
-      return choose<T, kBits, 4>(p);
+      return choose<T, kBits, 4>(p, digits);
     default:
-      return choose<T, kBits, 8>(p);
+      return choose<T, kBits, 8>(p, digits);
   }
 }
 
 template <class T>
-DecodeKernel choose(const Problem& p) {
-  return p.bits == 4 ? choose<T, 4>(p) : choose<T, 8>(p);
+DecodeKernel choose(const Problem& p, bool digits) {
+  return p.bits == 4 ? choose<T, 4>(p, digits) : choose<T, 8>(p, digits);
 }
 
 }  // namespace
 
 cudaError_t launch_decode(const Problem& problem, const Plan& plan, void* workspace,
                           cudaStream_t stream) {
+  const bool digits = as_digits(problem, plan.device.shared_bytes);
   const DecodeKernel kernel =
-      problem.type == Dtype::kF16 ? choose<F16>(problem) : choose<Bf16>(problem);
+      problem.type == Dtype::kF16 ? choose<F16>(problem, digits) : choose<Bf16>(problem, digits);
   Grid grid = {};
   grid.grid = dim3(plan.grid);
   grid.threads = kDecodeThreads;

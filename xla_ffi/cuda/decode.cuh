@@ -10,7 +10,7 @@
 // These kernels take a few microseconds, so that their start and end count as much as their loop.
 // Memory serves requests in turn: x, which everything waits for, is asked for before the codes.
 //
-// What the tensor cores multiply is up to Products: one row of x as digits (digits.cuh), more rows
+// What the tensor cores multiply is up to Products: few rows of x as digits (digits.cuh), more rows
 // as 16-bit floats (FloatProducts below). Parts of K are added in a fixed order: warps of a block,
 // then splits through the cluster's shared memory or, without clusters, by reduce.cuh.
 #pragma once
@@ -272,7 +272,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   const bool half_tail = 2 * (run.first + run.units) > steps;  // the last unit is one step
   const char* codes = nullptr;                                 // this lane's next 16 bytes
   const char* parameters = nullptr;                            // this lane's 16 bytes of group 0
-  uint32_t copied_strip = first_strip - stride;
+  uint32_t copied_strip = first_strip - stride;  // The first copy_unit adds the stride.
   int copied_set = 0;
   int left = 0;  // units left in the strip
   const auto copy_unit = [&](uint32_t stage) {
@@ -317,7 +317,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 
   Products products(args, run);
 
-  const int slot_bytes = kDecodeWarps * p.m * kSumsPitch * 4;
+  const int strip_bytes = decode_strip_bytes(p.m);
   const uint32_t first_sums = shared_base() + args.parts + warp * p.m * kSumsPitch * 4;
   uint32_t stage = ring, sums = first_sums;
   int slot = 0;
@@ -337,7 +337,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
       if (stage == ring + kDecodeStages * kStageBytes) stage = ring;
     }
     products.store(strip, sums);
-    sums += slot_bytes;
+    sums += strip_bytes;
     ++slot;
     const bool last = strip + stride >= args.strips;
     if (slot < args.slots && !last) continue;

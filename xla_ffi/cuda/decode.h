@@ -28,29 +28,41 @@ constexpr int parameter_sets(const Problem& p) {
 constexpr int kSetBytes = kFragmentN * kParameterBytes;
 constexpr int stage_bytes(int bits, int sets) { return unit_code_bytes(bits) + sets * kSetBytes; }
 
-// Rows that are planned alike, as many as the last of them: their outputs are the same in any
-// batch.
-constexpr int decode_rows(int m) { return m <= 2 ? m : m <= 4 ? 4 : m <= 8 ? 8 : 16; }
-
-// Few rows of x become digits (digits.cuh): three or four only where making those takes little.
-constexpr int kDigits = 4;
-constexpr int kDigitBytes = kUnitK * kDigits;  // of a unit and row
-constexpr bool as_digits(const Problem& p) { return p.m <= 2 || (p.m <= 4 && p.k <= 8192); }
+// The rows that a product of m rows is planned and multiplied as. Where that is the same, a row of
+// y has the same bits.
+constexpr int decode_rows(int m) { return m <= 2 ? m : m <= 4 ? 4 : m <= 8 ? 8 : kDecodeRows; }
 
 // Words between rows of sums: 4 modulo 16, so that a warp writes without conflicts.
 constexpr int kSumsPitch = kFragmentN + 4;
 
+// Bytes of the rings, and of the sums of all warps for one strip of m rows.
+constexpr int decode_ring_bytes(const Problem& p) {
+  return kDecodeWarps * kDecodeStages * stage_bytes(p.bits, parameter_sets(p));
+}
+constexpr int decode_strip_bytes(int m) { return m * kDecodeWarps * kSumsPitch * 4; }
+
+// Few rows of x become digits (digits.cuh): three or four only where those of four need no split of
+// K, and up to the K that was measured to gain.
+constexpr int kDigits = 4;
+constexpr int kDigitBytes = kUnitK * kDigits;  // of a unit and row
+constexpr bool as_digits(const Problem& p, int shared_limit) {
+  if (p.m > 4) return false;
+  return p.m <= 2 || (p.k <= 8192 && decode_ring_bytes(p) + decode_strip_bytes(4) +
+                                             4 * ceil_div(p.k, kUnitK) * kDigitBytes <=
+                                         shared_limit);
+}
+
 // Bytes between units of a row of x in shared memory, and between rows: of floats 16 modulo 128, so
 // that ldmatrix reads without conflicts.
-constexpr int decode_x_unit(const Problem& p) { return as_digits(p) ? kDigitBytes : kUnitK * 2; }
-constexpr int decode_x_pitch(const Problem& p, int units) {
-  return units * decode_x_unit(p) + (as_digits(p) ? 0 : 16);
+constexpr int decode_x_unit(bool digits) { return digits ? kDigitBytes : kUnitK * 2; }
+constexpr int decode_x_pitch(bool digits, int units) {
+  return units * decode_x_unit(digits) + (digits ? 0 : 16);
 }
 
 // The part of K that a warp works on, the same in every strip.
 struct Run {
   int first, units;
-  uint32_t x;  // where its x is in shared memory
+  uint32_t x;  // where its part of the first row of x is in shared memory
 };
 
 // Shared memory: the rings, x for the longest split, the sums of every warp for `slots` strips (as
@@ -60,15 +72,16 @@ struct DecodeShared {
   int x, parts, slots, sums, size;
 
   constexpr DecodeShared(const Problem& p, int splits, int rounds, bool cluster, int limit)
-      : x(kDecodeWarps * kDecodeStages * stage_bytes(p.bits, parameter_sets(p))),
-        parts(x + p.m * decode_x_pitch(p, ceil_div(ceil_div(p.k, kUnitK), splits))),
+      : x(decode_ring_bytes(p)),
+        parts(x +
+              p.m * decode_x_pitch(as_digits(p, limit), ceil_div(ceil_div(p.k, kUnitK), splits))),
         slots(std::max(0, std::min(rounds, (limit - parts) / slot_bytes(p, cluster)))),
         sums(parts + slots * slot_bytes(p, false)),
         size(parts + slots * slot_bytes(p, cluster)) {}
 
  private:
   static constexpr int slot_bytes(const Problem& p, bool cluster) {
-    return p.m * (kDecodeWarps * kSumsPitch + (cluster ? kFragmentN : 0)) * 4;
+    return decode_strip_bytes(p.m) + (cluster ? p.m * kFragmentN * 4 : 0);
   }
 };
 
@@ -101,8 +114,9 @@ inline DecodeArguments decode_arguments(const Problem& problem, const Plan& plan
   args.splits_log2 = log2_of(plan.splits);
   args.strips = decode_strips(problem);
   args.units = ceil_div(problem.k, kUnitK);
-  args.x_pitch = decode_x_pitch(problem, ceil_div(args.units, plan.splits));
-  args.x_unit = decode_x_unit(problem);
+  const bool digits = as_digits(problem, plan.device.shared_bytes);
+  args.x_pitch = decode_x_pitch(digits, ceil_div(args.units, plan.splits));
+  args.x_unit = decode_x_unit(digits);
   args.rows = Divisor(problem.m);
   const int sets = parameter_sets(problem);
   args.sets_per_group =

@@ -3,9 +3,9 @@
 // A row becomes four balanced base-256 digits, in fixed point relative to the largest of its values
 // that a warp holds. Digits are bytes, and so are codes: the tensor cores multiply the codes as
 // they are, four to a word after one mask, by the digits, which are four of the eight columns of a
-// product. Per 1 KB of codes that is half of the instructions that 16-bit floats take. Zero points
-// are subtracted from the sums, with the sum of the digits, a product with ones; scales apply in
-// f32.
+// product. For one or two rows that is half of the instructions that 16-bit floats take. Zero
+// points are subtracted from the sums, with the sum of the digits, a product with ones; scales
+// apply in f32.
 //
 // Error: the digits hold 30 bits below the largest |x| of a warp's part of K, so an output differs
 // by at most 2^-31 sum over parts of max |x| sum |W|, beside the rounding of f32 sums. A part that
@@ -83,7 +83,8 @@ __device__ __forceinline__ float multiply_plainly(const Problem& p, int row, int
   return sum + shuffle(sum, lane ^ kFragmentN);
 }
 
-// One lane's part of the products of a warp: the digits of kRows rows, two to a product.
+// One lane's part of the products of a warp: the digits of up to kRows (2 or 4) rows, two to a
+// product.
 //
 // In shared memory the digits of a row have 16 bytes for every step of 64 along K, digit and
 // lane % 4: a word for each 16 along K, its bytes in the order of code_bytes. The row itself, as
@@ -126,7 +127,7 @@ class DigitProducts {
     }
   }
 
-  // Where a row is copied to.
+  // Where the first row is copied to.
   __device__ __forceinline__ static uint32_t x_to(const Run& run) {
     return run.x + run.units * (kDigitBytes / 2);
   }
@@ -154,7 +155,7 @@ class DigitProducts {
       for (int j = set * kSetBlocks; j < (set + 1) * kSetBlocks; j += 2) {
         uint32_t a[4];
         code_bytes<kBits>(a[0], a[1], words + j * kBits / 4);
-        if (kSetBlocks > 1) code_bytes<kBits>(a[2], a[3], words + (j + 1) * kBits / 4);
+        if constexpr (kSetBlocks > 1) code_bytes<kBits>(a[2], a[3], words + (j + 1) * kBits / 4);
 #pragma unroll
         for (int r = 0; r < kRight; ++r) {
           if constexpr (kSetBlocks > 1) {
@@ -214,7 +215,8 @@ class DigitProducts {
  private:
   static constexpr int kSetBlocks = kUnitBlocks / kSets;
   static constexpr int kHighShift = kBits == 4 ? 4 : 0;  // of the second row (code_bytes)
-  static constexpr int kRight = kRows / 2;               // right-hand fragments
+  static_assert(kRows == 2 || kRows == 4);
+  static constexpr int kRight = kRows / 2;  // right-hand fragments
   static constexpr int kNoDigits = 1 << 20;
 
   // The row whose sums the lane holds in fragment r.
@@ -290,7 +292,7 @@ class DigitProducts {
   StageParameters<kBits> parameters_;
   uint32_t plain_ = 0;  // rows that have no digits
   int partner_, rows_;  // a lane with the other digits; rows from lane_row(0) on, to be written
-  float place_;
+  float place_;         // 1 or 256^2: what the lane's digits count
   uint32_t to_sums_;
   int exponent_[kRight] = {};
   uint32_t digits_, to_next_, unit_digits_, ones_[4];

@@ -77,9 +77,9 @@ struct Plan {
 constexpr bool supported(const Device& device) { return device.arch >= 80; }
 
 // The plan for `problem` (its pointers are not looked at). kNone where m > 0 means that no kernel
-// can take the problem on this device. K is cut in the same way for all m from 2 to 4, 5 to 8, 9 to
-// 16 and, by kMma, for all m with the same number of blocks along m; there a row of y does not
-// depend on the rows beside it.
+// can take the problem on this device. K is cut in the same way for m = 3 and 4, for all m from 5
+// to 8 and 9 to 16 and, by kMma, for all m with the same number of blocks along m; there a row of y
+// does not depend on the rows beside it.
 Plan make_plan(const Problem& problem, const Device& device);
 
 }  // namespace jax_gptq::cuda

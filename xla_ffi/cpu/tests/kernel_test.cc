@@ -151,6 +151,7 @@ void TestKernels() {
       cases.push_back({words, bits, 3, 101, 31, {0, 40, 41, 41, 101}, true, digits});
       cases.push_back({words, bits, 7, 32, 64, {0, 32}, false, digits});
       cases.push_back({words, bits, 131, 300, 5, {0, 300}, true, digits});
+      cases.push_back({words, bits, 31, 74, 33, {0, 32, 42, 74}, false, digits});
     }
   }
   uint32_t seed = 1;
