@@ -56,12 +56,12 @@ void RunMatmul(const Kernel& kernel, Problem problem, int64_t pool_threads,
 
   // Tiles within rows: the digits of these rows stay in the cache while W streams past them; three
   // digits of a value take more of it.
-  const int64_t block_rows = problem.digits == 3 ? kMaxRows / 2 : kMaxRows;
+  const int64_t tile_rows = problem.digits == 3 ? kMaxRows / 2 : kMaxRows;
   const int64_t tiles = (problem.columns + kTileColumns - 1) / kTileColumns;
-  const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
+  const int64_t row_blocks = (rows + tile_rows - 1) / tile_rows;
   ParallelFor(pool_threads, schedule, tiles * row_blocks, [&](int64_t i) {
-    const int64_t row = i / tiles * block_rows;
-    kernel.matmul(problem, i % tiles, row, std::min<int64_t>(rows, row + block_rows));
+    const int64_t row = i / tiles * tile_rows;
+    kernel.matmul(problem, i % tiles, row, std::min<int64_t>(rows, row + tile_rows));
   });
 }
 

@@ -46,10 +46,10 @@ constexpr int decode_strip_bytes(int m) { return m * kDecodeWarps * kSumsPitch *
 constexpr int kDigits = 4;
 constexpr int kDigitBytes = kUnitK * kDigits;  // of a unit and row
 constexpr bool as_digits(const Problem& p, int shared_limit) {
-  if (p.m > 4) return false;
-  return p.m <= 2 || (p.k <= 8192 && decode_ring_bytes(p) + decode_strip_bytes(4) +
-                                             4 * ceil_div(p.k, kUnitK) * kDigitBytes <=
-                                         shared_limit);
+  const int rows = decode_rows(p.m);
+  const int bytes =
+      decode_ring_bytes(p) + decode_strip_bytes(rows) + rows * ceil_div(p.k, kUnitK) * kDigitBytes;
+  return rows <= 2 || (rows == 4 && p.k <= 8192 && bytes <= shared_limit);
 }
 
 // Bytes between units of a row of x in shared memory, and between rows: of floats 16 modulo 128, so
