@@ -320,6 +320,13 @@ __device__ __forceinline__ int cluster_rank() {
   return rank;
 }
 
+// The cluster's number in the grid.
+__device__ __forceinline__ int cluster_index() {
+  uint32_t index = 0;
+  JAX_GPTQ_CLUSTER_ASM("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+
 // What was written to shared memory before the arrival can be read by the other blocks after the
 // wait. All threads of all blocks of the cluster arrive, then wait.
 __device__ __forceinline__ void cluster_arrive() {

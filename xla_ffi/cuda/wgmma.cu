@@ -5,7 +5,7 @@ namespace jax_gptq::cuda {
 namespace {
 
 template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
-__global__ void __launch_bounds__(wgmma_threads(wgmma_consumers(kBlockN, kBlockM)), 1)
+__global__ void __launch_bounds__(wgmma_threads(wgmma_consumers(kBlockN)), 1)
     wgmma_kernel(const __grid_constant__ WgmmaArguments args,
                  const __grid_constant__ TensorMap x_map,
                  const __grid_constant__ TensorMap code_map,
@@ -18,7 +18,9 @@ __global__ void __launch_bounds__(wgmma_threads(wgmma_consumers(kBlockN, kBlockM
 template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
 cudaError_t launch_tiles(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
   const WgmmaArguments args = wgmma_arguments(problem, plan);
-  if (args.stages < 2 || args.shared_bytes > kWgmmaSharedBytes) {
+  // The sums of a block take the place of its stages.
+  const int sums = plan.splits > 1 ? kBlockM * wgmma_sums_pitch(kBlockN) : 0;
+  if (args.stages < 2 || sums > args.stages * args.stage.size) {
     return cudaErrorInvalidConfiguration;
   }
   const WgmmaMaps maps = wgmma_maps(problem, plan, args);
@@ -29,7 +31,7 @@ cudaError_t launch_tiles(const Problem& problem, const WgmmaPlan& plan, cudaStre
     return cudaErrorInvalidValue;
   }
   const int blocks = plan.columns * plan.splits;
-  const Grid grid{dim3(plan.clusters * blocks), wgmma_threads(wgmma_consumers(kBlockN, kBlockM)),
+  const Grid grid{dim3(plan.clusters * blocks), wgmma_threads(wgmma_consumers(kBlockN)),
                   blocks, args.shared_bytes};
   return jax_gptq::cuda::launch(wgmma_kernel<T, kBits, kMode, kBlockN, kBlockM>, "wgmma", grid,
                                 stream, args, x_map, code_map, scale_map, zero_map, y_map);

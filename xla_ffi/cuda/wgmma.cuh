@@ -8,16 +8,18 @@
 //   (the producer)    (128-byte swizzle, multicast to the blocks of the cluster that need the
 //                     same rows), the packed tiles of kBlockN output features, their scales and
 //                     zero points, all through tensor maps, `stages` steps ahead.
-//   the other         each owns kSubtiles tiles of 64 output features. While the tensor cores
-//   warpgroups        multiply half a step (32 of K), its warps dequantize the next half into
-//   (the consumers)   the other register fragment.
+//   the other         each owns 64 output features. While the tensor cores multiply one piece (16
+//   warpgroups        along K), its warps dequantize the next but one. As often as that, since a
+//   (the consumers)   warp that hands over a product waits until the tensor cores take it: the
+//                     others' products, not their dequantization, must be what it waits for.
 //
 // A cluster is `columns` x `splits` blocks: `columns` neighbouring output tiles that share x by
 // multicast, and `splits` parts of K whose f32 partial sums are added through distributed shared
 // memory in rank order. There is no atomic and no workspace, so equal inputs give equal bits.
 //
-// Shared memory:  | barriers, 1024 bytes | stage 0 | stage 1 | ... | output tiles on their way |
-// A split K reuses the stages for the partial sums.
+// Shared memory:  | barriers, 1024 bytes | stage 0 | stage 1 | ... | staging |
+// In the staging are output tiles on their way or, where K is split, the sums that the other splits
+// send; the block's own sums take the place of its stages.
 //
 // Rounding: (q - z) is exact, its product with the scale is rounded once to the type of x.
 #pragma once
@@ -36,11 +38,8 @@ constexpr int kWgmmaSharedBytes = 227 * 1024;
 // Tiles of m walked before the next tile of n, so that x and the weights meet in the L2 cache.
 constexpr int kWgmmaRasterRows = 8;
 
-// Warpgroups that multiply in a block of block_n x block_m, and 64-row tiles of each.
-constexpr int wgmma_consumers(int block_n, int block_m) { return block_n == 256 ? 4 : 2; }
-constexpr int wgmma_subtiles(int block_n, int block_m) {
-  return block_n / 64 / wgmma_consumers(block_n, block_m);
-}
+// Warpgroups that multiply, 64 output features each.
+constexpr int wgmma_consumers(int block_n) { return block_n / kTileN; }
 // Steps of 64 along K in a stage. Two, where they fit, halve the cost of the barriers.
 constexpr int wgmma_stage_steps(int block_m) { return block_m == 256 ? 1 : 2; }
 
@@ -70,14 +69,22 @@ constexpr WgmmaStage wgmma_stage(int block_n, int block_m, int bits, Dtype scale
   return stage;
 }
 
+// Bytes between rows of partial sums.
+constexpr int wgmma_sums_pitch(int block_n) { return 4 * (block_n + 4); }
+
 struct WgmmaArguments {
   int m, n;
-  int group_size, groups;
-  int group_rows;   // groups that one stage can touch
-  int group_steps;  // steps of 64 of a group, if it ends between steps
-  int stage_count;  // stages along K
+  int groups;
+  int group_rows;        // groups that one stage can touch
+  int group_steps;       // steps of 64 of a group, if it ends between steps
+  Divisor group_pieces;  // steps of 16 of a group
+  int stages_per_split;  // stages along K; the first `longer_splits` have one more
+  int longer_splits;
   int m_tiles, n_tiles;
-  int columns, splits;
+  int works;     // m_tiles times the columns of tiles that a cluster takes at once
+  int clusters;  // launched
+  int columns;   // 1 or 2
+  int splits;
   int stages;
   bool y_mapped;  // y is written through its tensor map: n a multiple of 8 and no split
   Dtype scale_type;
@@ -93,18 +100,23 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
   args.n = problem.n;
   args.groups = problem.groups;
   const int stage_k = wgmma_stage_steps(plan.block_m) * kStepK;
-  args.stage_count = ceil_div(problem.k, stage_k);
+  const int stage_count = ceil_div(problem.k, stage_k);
+  args.stages_per_split = stage_count / plan.splits;
+  args.longer_splits = stage_count % plan.splits;
   // A single group covers all of k and its padding.
-  args.group_size = problem.groups == 1 ? args.stage_count * stage_k : problem.group_size;
-  args.group_steps = args.group_size / kStepK;
+  const int group_size = problem.groups == 1 ? stage_count * stage_k : problem.group_size;
+  args.group_steps = group_size / kStepK;
+  args.group_pieces = Divisor(group_size / kFragmentK);
   args.group_rows = 1;
-  if (args.group_size % stage_k != 0) {
+  if (group_size % stage_k != 0) {
     // A group may begin before the stage: one more than fits, unless the beginnings coincide.
-    args.group_rows = stage_k % args.group_size == 0 ? stage_k / args.group_size
-                                                     : (stage_k - 1) / args.group_size + 2;
+    args.group_rows =
+        stage_k % group_size == 0 ? stage_k / group_size : (stage_k - 1) / group_size + 2;
   }
   args.m_tiles = ceil_div(problem.m, plan.block_m);
   args.n_tiles = ceil_div(problem.n, plan.block_n);
+  args.works = args.m_tiles * ceil_div(args.n_tiles, plan.columns);
+  args.clusters = plan.clusters;
   args.columns = plan.columns;
   args.splits = plan.splits;
   args.y_mapped = plan.splits == 1 && problem.n % 8 == 0;
@@ -113,16 +125,14 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
   args.y = problem.y;
   args.stage =
       wgmma_stage(plan.block_n, plan.block_m, problem.bits, problem.scale_type, args.group_rows);
-  const int staging = args.y_mapped ? plan.block_n * plan.block_m * 2 : 0;
+  int staging = args.y_mapped ? plan.block_n * plan.block_m * 2 : 0;
+  if (plan.splits > 1) {
+    staging =
+        (plan.splits - 1) * ceil_div(plan.block_m, plan.splits) * wgmma_sums_pitch(plan.block_n);
+  }
   args.stages = (kWgmmaSharedBytes - kWgmmaBarrierBytes - staging) / args.stage.size;
   if (args.stages > kWgmmaMaxStages) args.stages = kWgmmaMaxStages;
   args.shared_bytes = kWgmmaBarrierBytes + args.stages * args.stage.size + staging;
-  if (plan.splits > 1) {
-    // The partial sums of a tile, and the rows that the other splits send.
-    const int rows = plan.block_m + (plan.splits - 1) * ceil_div(plan.block_m, plan.splits);
-    const int bytes = kWgmmaBarrierBytes + rows * (plan.block_n + 4) * 4;
-    if (args.shared_bytes < bytes) args.shared_bytes = bytes;
-  }
   return args;
 }
 
@@ -289,9 +299,11 @@ struct OutputTile {
   int m, n;  // counted in blocks
 };
 
-// The `work`-th output tile: bands of kWgmmaRasterRows tiles of m, walked along n.
+// The `work`-th output tile: bands of kWgmmaRasterRows tiles of m, walked along n. Few rows of x
+// have one tile of m, and no time for divisions.
 __device__ __forceinline__ OutputTile output_tile(const WgmmaArguments& args, int work,
                                                   int column) {
+  if (args.m_tiles == 1) return {0, work * args.columns + column};
   const int along_n = ceil_div(args.n_tiles, args.columns);
   const int band = work / (kWgmmaRasterRows * along_n);
   const int left = args.m_tiles - band * kWgmmaRasterRows;
@@ -300,8 +312,9 @@ __device__ __forceinline__ OutputTile output_tile(const WgmmaArguments& args, in
   return {band * kWgmmaRasterRows + within % rows, within / rows * args.columns + column};
 }
 
-__device__ __forceinline__ int group_of(const WgmmaArguments& args, int k) {
-  const int group = k / args.group_size;
+// Of a step of 16 along K.
+__device__ __forceinline__ int group_of(const WgmmaArguments& args, int piece) {
+  const int group = args.group_pieces.divide(piece);
   return group < args.groups ? group : args.groups - 1;
 }
 
@@ -316,8 +329,9 @@ template <class T, int kConsumers, int kBlockN, int kBlockM>
 __device__ __forceinline__ void reduce_splits(const WgmmaArguments& args, uint32_t partial,
                                               uint32_t received, uint32_t barrier, OutputTile tile,
                                               int column, int split) {
-  constexpr int kRowBytes = 4 * (kBlockN + 4);
-  constexpr int kQuads = kBlockN / 4;  // of a row
+  constexpr int kRowBytes = wgmma_sums_pitch(kBlockN);
+  constexpr int kQuads = kBlockN / 4;                // of a row
+  constexpr int kRows = 128 * kConsumers / kQuads;  // at once
   const int thread = static_cast<int>(threadIdx.x) - 128;
   const int left = args.m - tile.m * kBlockM;
   const int rows = left < kBlockM ? left : kBlockM;
@@ -335,35 +349,43 @@ __device__ __forceinline__ void reduce_splits(const WgmmaArguments& args, uint32
                     cluster_map(barrier, rank));
     }
   }
+  const int n = tile.n * kBlockN + thread % kQuads * 4;
+  const float bias[4] = {load_bias(args, n), load_bias(args, n + 1), load_bias(args, n + 2),
+                         load_bias(args, n + 3)};
+  uint16_t* y = static_cast<uint16_t*>(args.y) +
+                static_cast<int64_t>(tile.m * kBlockM + first + thread / kQuads) * args.n + n;
   barrier_wait(barrier, 0);
   warp_sync();
   cluster_arrive_relaxed();  // What others sent here has arrived; they may leave.
-  uint16_t* const y = static_cast<uint16_t*>(args.y);
-  for (int i = thread; i < mine * kQuads; i += 128 * kConsumers) {
-    const int row = i / kQuads;
-    const int n = tile.n * kBlockN + i % kQuads * 4;
-    if (n >= args.n) continue;
-    float4 sum = make_float4(load_bias(args, n), load_bias(args, n + 1), load_bias(args, n + 2),
-                             load_bias(args, n + 3));
-    for (int other = 0; other < args.splits; ++other) {
+  if (n >= args.n) return;
+  for (int row = thread / kQuads; row < mine; row += kRows) {
+    float4 parts[kMaxClusterSplits];
+#pragma unroll
+    for (int other = 0; other < kMaxClusterSplits; ++other) {
+      if (other >= args.splits) break;
       const int slot = other < split ? other : other - 1;
       const uint32_t from = other == split ? partial + (first + row) * kRowBytes
                                            : received + (slot * mine + row) * kRowBytes;
-      const float4 part = ld_shared<float4>(from + i % kQuads * 16);
-      sum.x += part.x;
-      sum.y += part.y;
-      sum.z += part.z;
-      sum.w += part.w;
+      parts[other] = ld_shared<float4>(from + thread % kQuads * 16);
     }
-    uint16_t* const at = y + static_cast<int64_t>(tile.m * kBlockM + first + row) * args.n + n;
+    float sum[4] = {bias[0], bias[1], bias[2], bias[3]};
+#pragma unroll
+    for (int other = 0; other < kMaxClusterSplits; ++other) {
+      if (other >= args.splits) break;
+      sum[0] += parts[other].x;
+      sum[1] += parts[other].y;
+      sum[2] += parts[other].z;
+      sum[3] += parts[other].w;
+    }
     if (args.n % 4 == 0) {
-      st_global(at, make_uint2(pack2<T>(sum.x, sum.y), pack2<T>(sum.z, sum.w)));
+      st_global(y, make_uint2(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3])));
     } else {
-      st_global(at, from_float<T>(sum.x));
-      if (n + 1 < args.n) st_global(at + 1, from_float<T>(sum.y));
-      if (n + 2 < args.n) st_global(at + 2, from_float<T>(sum.z));
-      if (n + 3 < args.n) st_global(at + 3, from_float<T>(sum.w));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (n + i < args.n) st_global(y + i, from_float<T>(sum[i]));
+      }
     }
+    y += static_cast<int64_t>(kRows) * args.n;
   }
 }
 
@@ -371,52 +393,54 @@ template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
 __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const TensorMap& x_map,
                                             const TensorMap& code_map, const TensorMap& scale_map,
                                             const TensorMap& zero_map, const TensorMap& y_map) {
-  constexpr int kConsumers = wgmma_consumers(kBlockN, kBlockM);
-  constexpr int kSubtiles = wgmma_subtiles(kBlockN, kBlockM);
+  constexpr int kConsumers = wgmma_consumers(kBlockN);
   constexpr int kTiles = kBlockN / kTileN;
   constexpr int kSteps = wgmma_stage_steps(kBlockM);  // of 64 along K, in a stage
-  constexpr int kSums = kBlockM / 2;                  // f32 accumulators of a lane, per subtile
-  constexpr int kPitch = kBlockN + 4;                 // floats of a row of partial sums
-  constexpr int kChunk = kBlockM <= 64 ? 4 : 2;       // limited by registers
+  constexpr int kSums = kBlockM / 2;                  // f32 accumulators of a lane
 
   const uint32_t barriers = shared_base();
   const uint32_t stages = barriers + kWgmmaBarrierBytes;
   const auto full = [&](int stage) { return barriers + 16 * stage; };
   const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
   const uint32_t reduced = barriers + 16 * kWgmmaMaxStages;
+  const uint32_t staging = stages + args.stages * args.stage.size;
 
   const int thread = static_cast<int>(threadIdx.x);
   const int warpgroup = thread / 128;
   const int warp = thread / 32 % 4;
   const int lane = thread % 32;
 
-  const int rank = cluster_rank();
-  const int column = rank % args.columns;
-  const int split = rank / args.columns;
-  const int blocks = args.columns * args.splits;
-  const int first_work = static_cast<int>(blockIdx.x) / blocks;
-  const int work_stride = static_cast<int>(gridDim.x) / blocks;
-  const int works = args.m_tiles * ceil_div(args.n_tiles, args.columns);
-  const int first_step = args.stage_count * split / args.splits * kSteps;
-  const int last_step = args.stage_count * (split + 1) / args.splits * kSteps;
+  // Nothing slow before the first copies: no division here.
   if (thread == 0) {
-    prefetch_map(&x_map);
-    prefetch_map(&code_map);
-    prefetch_map(&scale_map);
-    prefetch_map(&zero_map);
-    for (int i = 0; i < args.stages; ++i) {
+#pragma unroll
+    for (int i = 0; i < kWgmmaMaxStages; ++i) {
       barrier_init(full(i), 1);
       barrier_init(empty(i), 4 * kConsumers * args.columns);
     }
     barrier_init(reduced, 1);
     barrier_init_fence();
+  } else if (thread == 32) {
+    prefetch_map(&x_map);
+    prefetch_map(&code_map);
+    prefetch_map(&scale_map);
+    prefetch_map(&zero_map);
   }
+  const int rank = cluster_rank();
+  const int column = rank & (args.columns - 1);
+  const int split = rank >> (args.columns - 1);
+  const int blocks = args.columns * args.splits;
+  const int first_work = cluster_index();
+  const bool longer = split < args.longer_splits;
+  const int first_step =
+      (args.stages_per_split * split + (longer ? split : args.longer_splits)) * kSteps;
+  const int last_step = first_step + (args.stages_per_split + (longer ? 1 : 0)) * kSteps;
+  const int first_group = args.group_pieces.divide(first_step * 4);
+  const int first_steps_left = (first_group + 1) * args.group_steps - first_step;
+  block_sync();
   if (blocks > 1) {
-    warp_sync();
+    // The peers' barriers must be there before anything is sent to them: x soon, sums at the end.
     cluster_arrive_relaxed();
-    cluster_wait();
-  } else {
-    block_sync();
+    if (args.columns > 1) cluster_wait();
   }
 
   if (warpgroup == 0) {
@@ -429,16 +453,16 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     const int box_row = column * (kBlockM / args.columns);
     const uint16_t peers = ((1 << args.columns) - 1) << (split * args.columns);
     int stage = 0, phase = 0;
-    for (int work = first_work; work < works && warp < 3; work += work_stride) {
+    for (int work = first_work; work < args.works && warp < 3; work += args.clusters) {
       const OutputTile tile = output_tile(args, work, column);
-      int group = first_step * kStepK / args.group_size;
-      int steps_left = (group + 1) * args.group_steps - first_step;
+      int group = first_group;
+      int steps_left = first_steps_left;
 #pragma unroll 1
       for (int step = first_step; step < last_step; step += kSteps) {
         const uint32_t base = stages + stage * args.stage.size;
         bool parameters = true;
         if (kMode == WgmmaMode::kFine || args.group_rows > 1) {
-          group = group_of(args, step * kStepK);
+          group = group_of(args, step * 4);
         } else {
           parameters = step == first_step || steps_left == 0;
           if (steps_left == 0) {
@@ -481,261 +505,195 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     const int consumer = warpgroup - 1;
     const int row = 16 * warp + lane / 4;  // of a 64-row tile; the lane also has row + 8
 
-    // A chunk is what one group of products covers: kChunk steps of 16 along K.
-    constexpr int kStepChunks = 4 / kChunk;        // in a step
-    constexpr int kChunks = kStepChunks * kSteps;  // in a stage, an even number
-    uint32_t fragments[2][kSubtiles][kChunk][4];
-    uint4 words[kSubtiles][kBits / 4];  // codes of a step
-    WgmmaParameters parameters[kSubtiles];
+    // A piece is 16 along K. Fragments of four are held: of those that are under way and of those
+    // that come next.
+    constexpr int kAhead = 2;
+    constexpr int kPieces = 4 * kSteps;  // in a stage
+    uint32_t fragments[4][4];
+    uint4 words[kBits / 4];  // codes of a step
+    WgmmaParameters parameters;
 
-    // Stages are walked three times: to fetch codes, to multiply, to release. Running addresses.
-    const uint32_t ring_bytes = args.stages * args.stage.size;
-    const uint32_t lane_codes = args.stage.codes +
-                                consumer * kSubtiles * kSteps * step_bytes(kBits) +
+    const uint32_t lane_codes = args.stage.codes + consumer * kSteps * step_bytes(kBits) +
                                 (warp * 32 + lane) * kLaneBytes;
-    uint32_t fetched = stages;        // the stage that is fetched from,
-    uint32_t fetched_full = full(0);  // its barrier,
-    int fetched_phase = 0;            // and the parity that the barrier will complete
-    uint32_t multiplied = stages;
-    // A lane arrives at its own peer's barrier, if it has one.
-    uint32_t released = cluster_map(
-        empty(0), lane < args.columns ? split * args.columns + lane : split * args.columns);
-    int to_fetch = args.stages, to_multiply = args.stages, to_release = args.stages;
-    int steps_left = 0;  // of the group whose parameters are held
+    const int lane_parameters = consumer * args.group_rows * kTileN + row;
+    // The stage that codes come from, its barrier, and the parity that the barrier will have.
+    uint32_t fetched = stages, fetched_full = full(0);
+    int fetched_phase = 0;
+    int to_fetch = args.stages;  // until the ring begins anew
+    // From a stage's `full` barrier to where this lane says that it is empty: a lane arrives at its
+    // own peer's barrier, if it has one.
+    const uint32_t to_empty =
+        cluster_map(empty(0), lane < args.columns ? split * args.columns + lane
+                                                  : split * args.columns) -
+        full(0);
+    uint32_t multiplied_full = full(0);  // of the oldest stage that was not released
+    int steps_left = 0;                  // of the group whose parameters are held
 
     const auto load_group = [&](int group_row) {
-#pragma unroll
-      for (int s = 0; s < kSubtiles; ++s) {
-        const int index = ((consumer * kSubtiles + s) * args.group_rows + group_row) * kTileN + row;
-        parameters[s] = load_parameters<T, kBits, kMode>(
-            fetched + args.stage.scales, fetched + args.stage.zeros, index, args.scale_type);
-      }
+      parameters = load_parameters<T, kBits, kMode>(
+          fetched + args.stage.scales, fetched + args.stage.zeros,
+          lane_parameters + group_row * kTileN, args.scale_type);
     };
 
     // Reads the codes of a step, and its parameters if a group begins; waits for a new stage.
-    const auto fetch = [&](auto step_of_stage) {
-      constexpr int kStep = decltype(step_of_stage)::value;
-      if (kStep == 0) barrier_wait(fetched_full, fetched_phase);
+    const auto fetch = [&](int step_of_stage) {
+      if (step_of_stage == 0) barrier_wait(fetched_full, fetched_phase);
 #pragma unroll
-      for (int s = 0; s < kSubtiles; ++s) {
-#pragma unroll
-        for (int i = 0; i < kBits / 4; ++i) {
-          words[s][i] = ld_shared<uint4>(fetched + lane_codes + i * kTileBytes +
-                                         (s * kSteps + kStep) * step_bytes(kBits));
-        }
+      for (int i = 0; i < kBits / 4; ++i) {
+        words[i] = ld_shared<uint4>(fetched + lane_codes + i * kTileBytes +
+                                    step_of_stage * step_bytes(kBits));
       }
       if (kMode != WgmmaMode::kFine) {
         if (steps_left == 0) {
-          load_group(kStep < args.group_rows ? kStep : args.group_rows - 1);
+          load_group(step_of_stage);
           steps_left = args.group_steps;
         }
         --steps_left;
       }
     };
-
-    // Chunk `kIndex` of the fetched stage into a fragment.
-    const auto dequantize_chunk = [&](int step, auto chunk) {
-      constexpr int kIndex = decltype(chunk)::value;
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) {
-        const int at = kIndex % kStepChunks * kChunk + j;  // steps of 16 in this step of 64
-        if (kMode == WgmmaMode::kFine) {
-          const int k = step * kStepK + (kIndex * kChunk + j) * kFragmentK;
-          load_group(group_of(args, k) - group_of(args, step * kStepK));
-        }
-#pragma unroll
-        for (int s = 0; s < kSubtiles; ++s) {
-          if constexpr (kBits == 4) {
-            const uint4 w = words[s][0];
-            dequantize4<T, kMode>(fragments[kIndex % 2][s][j],
-                                  at < 2 ? (at == 0 ? w.x : w.y) : (at == 2 ? w.z : w.w),
-                                  parameters[s]);
-          } else {
-            const uint4 w = words[s][at / 2];
-            dequantize8<T>(fragments[kIndex % 2][s][j], at % 2 == 0 ? w.x : w.z,
-                           at % 2 == 0 ? w.y : w.w, parameters[s]);
-          }
-        }
-      }
-      if (kIndex == kChunks - 1) {
-        fetched += args.stage.size;
-        fetched_full += 16;
-        if (--to_fetch == 0) {
-          to_fetch = args.stages;
-          fetched -= ring_bytes;
-          fetched_full -= 16 * args.stages;
-          fetched_phase ^= 1;
-        }
+    const auto next_stage = [&] {
+      fetched += args.stage.size;
+      fetched_full += 16;
+      if (--to_fetch == 0) {
+        to_fetch = args.stages;
+        fetched -= args.stages * args.stage.size;
+        fetched_full -= args.stages * 16;
+        fetched_phase ^= 1;
       }
     };
 
-    const auto multiply_chunk = [&](auto& sums, auto chunk) {
-      constexpr int kIndex = decltype(chunk)::value;
-      const uint64_t x = swizzled_descriptor(multiplied + kIndex / kStepChunks * (kBlockM * 128));
-      wgmma_fence();
-#pragma unroll
-      for (int s = 0; s < kSubtiles; ++s) {
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-          Wgmma<T, kBlockM>::multiply(sums[s], fragments[kIndex % 2][s][j],
-                                      x + 2 * (kIndex % kStepChunks * kChunk + j));
-        }
+    // A piece of the fetched stage, which begins at `step`, into its fragment.
+    const auto dequantize = [&](int step, int piece) {
+      if (kMode == WgmmaMode::kFine) {
+        load_group(group_of(args, step * 4 + piece) - group_of(args, step * 4));
       }
-      wgmma_commit();
-      if (kIndex == kChunks - 1) {
-        multiplied += args.stage.size;
-        if (--to_multiply == 0) {
-          to_multiply = args.stages;
-          multiplied -= ring_bytes;
-        }
+      uint32_t(&fragment)[4] = fragments[piece % 4];
+      if constexpr (kBits == 4) {
+        const uint32_t step_words[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
+        dequantize4<T, kMode>(fragment, step_words[piece % 4], parameters);
+      } else {
+        const uint4 w = words[piece % 4 / 2];
+        const bool second = piece % 2 == 1;
+        dequantize8<T>(fragment, second ? w.z : w.x, second ? w.w : w.y, parameters);
       }
     };
 
-    // The oldest stage that was not released: its codes and products are done.
+    // The codes and products of the oldest stage are done.
     const auto release = [&] {
       warp_sync();
-      if (lane < args.columns) barrier_arrive_cluster(released);
-      released += 16;
-      if (--to_release == 0) {
-        to_release = args.stages;
-        released -= 16 * args.stages;
-      }
+      if (lane < args.columns) barrier_arrive_cluster(multiplied_full + to_empty);
     };
 
-    // The products of chunk `kIndex` and, under them, the dequantization of the chunk after it,
-    // from codes that were fetched before; where those are used up, the next are fetched.
-    const auto work_on_chunk = [&](auto& sums, int step, auto chunk) {
-      constexpr int kIndex = decltype(chunk)::value;
-      constexpr int kNext = (kIndex + 1) % kChunks;
-      multiply_chunk(sums, chunk);
-      wgmma_wait<1>();
-      if (kIndex == 0 && step > first_step) release();
-      if (kNext == 0 && step + kSteps == last_step) return;
-      dequantize_chunk(kNext == 0 ? step + kSteps : step, std::integral_constant<int, kNext>{});
-      if (kNext % kStepChunks == kStepChunks - 1) {
-        constexpr int kNextStep = (kNext / kStepChunks + 1) % kSteps;
-        const bool last =
-            kNextStep == 0 && (kNext == 0 ? step + 2 * kSteps : step + kSteps) == last_step;
-        if (!last) fetch(std::integral_constant<int, kNextStep>{});
-      }
-    };
-
-    for (int work = first_work; work < works; work += work_stride) {
+    for (int work = first_work; work < args.works; work += args.clusters) {
       const OutputTile tile = output_tile(args, work, column);
-      float sums[kSubtiles][kSums];
+      float sums[kSums];
 #pragma unroll
-      for (int s = 0; s < kSubtiles; ++s) {
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[s][i] = 0.0f;
-      }
+      for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
       if (first_step < last_step) {
-        constexpr std::integral_constant<int, 0> kFirst{};
         steps_left = 0;
-        fetch(kFirst);
-        if (kMode != WgmmaMode::kFine) {
-          steps_left = args.group_steps - first_step % args.group_steps - 1;
-        }
-        dequantize_chunk(first_step, kFirst);
-        if (kStepChunks == 1) fetch(std::integral_constant<int, 1 % kSteps>{});
+        fetch(0);
+        steps_left = first_steps_left - 1;
+#pragma unroll
+        for (int piece = 0; piece < kAhead; ++piece) dequantize(first_step, piece);
 #pragma unroll 1
         for (int step = first_step; step < last_step; step += kSteps) {
-          work_on_chunk(sums, step, kFirst);
-          work_on_chunk(sums, step, std::integral_constant<int, 1>{});
-          if constexpr (kChunks == 4) {
-            work_on_chunk(sums, step, std::integral_constant<int, 2>{});
-            work_on_chunk(sums, step, std::integral_constant<int, 3>{});
+          const bool last = step + kSteps == last_step;
+          const uint64_t x = swizzled_descriptor(fetched);
+          const uint32_t full_here = fetched_full;
+          // The product of a piece and, under it, the dequantization of the next but one.
+#pragma unroll
+          for (int piece = 0; piece < kPieces; ++piece) {
+            wgmma_fence();
+            Wgmma<T, kBlockM>::multiply(sums, fragments[piece % 4],
+                                        x + piece / 4 * (kBlockM * 128 / 16) + 2 * (piece % 4));
+            wgmma_commit();
+            wgmma_wait<4 - kAhead>();
+            if (piece == 3 - kAhead) {  // The stage before has been multiplied.
+              if (step > first_step) release();
+              multiplied_full = full_here;
+            }
+            const int next = piece + kAhead;
+            if (next < kPieces) {
+              dequantize(step, next);
+              if (next + 1 == kPieces) {
+                next_stage();
+                if (!last) fetch(0);
+              } else if (next % 4 == 3) {
+                fetch((next + 1) / 4);
+              }
+            } else if (!last) {
+              dequantize(step + kSteps, next - kPieces);
+            }
           }
         }
         wgmma_wait<0>();
         release();
       }
 
-      const int tile0 = tile.n * kTiles + consumer * kSubtiles;  // this warpgroup's first tile
+      const int n0 = tile.n * kBlockN + consumer * kTileN + row;
       if (args.splits > 1) {
         // f32 partial sums, transposed to [kBlockM][kBlockN], where the stages were.
         named_barrier(1, 128 * kConsumers);
 #pragma unroll
-        for (int s = 0; s < kSubtiles; ++s) {
-          const int n = (consumer * kSubtiles + s) * kTileN + row;
-#pragma unroll
-          for (int i = 0; i < kSums; ++i) {
-            const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            st_shared(stages + 4 * (m * kPitch + n + i / 2 % 2 * 8), sums[s][i]);
-          }
+        for (int i = 0; i < kSums; ++i) {
+          const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
+          const int n = consumer * kTileN + row + i / 2 % 2 * 8;
+          st_shared(stages + m * wgmma_sums_pitch(kBlockN) + n * 4, sums[i]);
         }
         fence_async_proxy();
       } else if (args.y_mapped) {
-        const uint32_t staging =
-            stages + args.stages * args.stage.size + consumer * kSubtiles * kBlockM * 128;
+        const uint32_t to = staging + consumer * kBlockM * 128;
         if (thread % 128 == 0) store_wait_read();
         named_barrier(1 + consumer, 128);
+        const float bias0 = load_bias(args, n0);
+        const float bias1 = load_bias(args, n0 + 8);
 #pragma unroll
-        for (int s = 0; s < kSubtiles; ++s) {
-          const float bias0 = load_bias(args, (tile0 + s) * kTileN + row);
-          const float bias1 = load_bias(args, (tile0 + s) * kTileN + row + 8);
-          const uint32_t base = (staging + s * kBlockM * 128);
+        for (int i = 0; i < kSums; i += 8) {
+          uint32_t pairs[4];
 #pragma unroll
-          for (int i = 0; i < kSums; i += 8) {
-            uint32_t pairs[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const float bias = j % 2 == 0 ? bias0 : bias1;
-              pairs[j] = pack2<T>(sums[s][i + 2 * j] + bias, sums[s][i + 2 * j + 1] + bias);
-            }
-            // Matrices: rows 0..7 and 8..15 of 8 columns of m, then those of the next 8 columns.
-            const int m = i / 4 * 8 + lane / 16 * 8 + lane % 8;
-            const int chunk = (2 * warp + lane / 8 % 2) ^ (m % 8);
-            stmatrix_x4_trans(base + m * 128 + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
+          for (int j = 0; j < 4; ++j) {
+            const float bias = j % 2 == 0 ? bias0 : bias1;
+            pairs[j] = pack2<T>(sums[i + 2 * j] + bias, sums[i + 2 * j + 1] + bias);
           }
+          // Matrices: rows 0..7 and 8..15 of 8 columns of m, then those of the next 8 columns.
+          const int m = i / 4 * 8 + lane / 16 * 8 + lane % 8;
+          const int chunk = (2 * warp + lane / 8 % 2) ^ (m % 8);
+          stmatrix_x4_trans(to + m * 128 + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
         }
         fence_async_proxy();
         named_barrier(1 + consumer, 128);
         if (thread % 128 == 0) {
-#pragma unroll
-          for (int s = 0; s < kSubtiles; ++s) {
-            store_box(&y_map, (staging + s * kBlockM * 128), (tile0 + s) * kTileN,
-                      tile.m * kBlockM);
-          }
+          store_box(&y_map, to, tile.n * kBlockN + consumer * kTileN, tile.m * kBlockM);
           store_commit();
         }
       } else {
         uint16_t* const y = static_cast<uint16_t*>(args.y);
+        const float bias0 = load_bias(args, n0);
+        const float bias1 = load_bias(args, n0 + 8);
 #pragma unroll
-        for (int s = 0; s < kSubtiles; ++s) {
-          const int n0 = (tile0 + s) * kTileN + row;
-          const float bias0 = load_bias(args, n0);
-          const float bias1 = load_bias(args, n0 + 8);
-#pragma unroll
-          for (int i = 0; i < kSums; ++i) {
-            const int m = tile.m * kBlockM + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            const int n = n0 + i / 2 % 2 * 8;
-            if (m < args.m && n < args.n) {
-              st_global(y + static_cast<int64_t>(m) * args.n + n,
-                        from_float<T>(sums[s][i] + (i / 2 % 2 == 0 ? bias0 : bias1)));
-            }
+        for (int i = 0; i < kSums; ++i) {
+          const int m = tile.m * kBlockM + i / 4 * 8 + lane % 4 * 2 + i % 2;
+          const int n = n0 + i / 2 % 2 * 8;
+          if (m < args.m && n < args.n) {
+            st_global(y + static_cast<int64_t>(m) * args.n + n,
+                      from_float<T>(sums[i] + (i / 2 % 2 == 0 ? bias0 : bias1)));
           }
         }
       }
     }
     if (thread % 128 == 0) store_wait_read();
     if (args.splits > 1) {
-      // The other blocks, too, have done with their stages, where the sums will be sent.
       named_barrier(1, 128 * kConsumers);
-      cluster_arrive_relaxed();
-      cluster_wait();
-      reduce_splits<T, kConsumers, kBlockN, kBlockM>(args, stages, stages + kBlockM * kPitch * 4,
-                                                     reduced, output_tile(args, first_work, column),
-                                                     column, split);
+      if (args.columns == 1) cluster_wait();
+      reduce_splits<T, kConsumers, kBlockN, kBlockM>(args, stages, staging, reduced,
+                                                     output_tile(args, first_work, column), column,
+                                                     split);
     }
-  }
-  if (warpgroup == 0 && args.splits > 1) {
-    warp_sync();
-    cluster_arrive_relaxed();
-    cluster_wait();
   }
   if (blocks > 1) {
     // A block stays until its peers have received what it sent and arrived on its barriers.
     warp_sync();
+    if (warpgroup == 0 && args.columns == 1) cluster_wait();
     if (warpgroup == 0 || args.splits == 1) cluster_arrive_relaxed();
     cluster_wait();
   }

@@ -333,6 +333,9 @@ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
 // ---- Clusters --------------------------------------------------------------------------------
 
 inline int cluster_rank() { return machine->own_rank(); }
+inline int cluster_index() {
+  return static_cast<int>(machine->block_index().x) / machine->launched().cluster;
+}
 inline void cluster_arrive() { machine->cluster_arrive(false); }
 inline void cluster_wait() { machine->cluster_wait(); }
 
