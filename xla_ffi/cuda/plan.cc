@@ -12,7 +12,7 @@ namespace {
 constexpr int kMaxWorkspaceSplits = 16;
 // Weights of up to this many elements have too few tiles for class B on sm_90a to be ahead of class
 // A from 9 rows on.
-constexpr int64_t kSmallWeight = 4096 * 4096;
+constexpr int64_t kSmallWeight = 2048 * 2048;
 
 // Groups of `size` blocks (1, 2, 4 or 8), one block per multiprocessor, that are resident at once.
 // A cluster lies within a processing cluster, whose numbers of multiprocessors are uneven: an H200
@@ -26,16 +26,14 @@ bool partial_sums_fit(const Problem& p, int splits) {
   return int64_t{splits} * p.m * tiles_n(p.n) * kTileN * 4 <= kWorkspaceBytes;
 }
 
-// As few splits of K as let x fit into shared memory: on an H100 no more are ever faster, but for 9
-// to 16 rows, where each block reads half of so much x. No plan (kernel kNone) where none do.
+// As few splits of K as let x fit into shared memory: on an H100 no more are ever faster. No plan
+// (kernel kNone) where none do.
 Plan plan_decode(const Problem& problem, const Device& device) {
   Problem p = problem;
   p.m = decode_rows(p.m);
   const bool clusters = device.arch >= 90;
   const int most = clusters ? kMaxClusterSplits : kMaxWorkspaceSplits;
-  const bool halved = device.arch == 90 && p.m > 8 && ceil_div(p.k, kUnitK) > 1;
-  for (int splits = halved ? 2 : 1; splits <= most && splits <= ceil_div(p.k, kUnitK);
-       splits *= 2) {
+  for (int splits = 1; splits <= most && splits <= ceil_div(p.k, kUnitK); splits *= 2) {
     if (!clusters && splits > 1 && !partial_sums_fit(p, splits)) break;
     const int strips = decode_strips(p);
     const int groups = std::min(strips, resident_groups(device.processors, splits, clusters));

@@ -5,7 +5,7 @@ namespace jax_gptq::cuda {
 namespace {
 
 template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
-__global__ void __launch_bounds__(wgmma_threads(wgmma_consumers(kBlockN)), 1)
+__global__ void __launch_bounds__(wgmma_threads(wgmma_consumers(kBlockN, kBlockM)), 1)
     wgmma_kernel(const __grid_constant__ WgmmaArguments args,
                  const __grid_constant__ TensorMap x_map,
                  const __grid_constant__ TensorMap code_map,
@@ -18,11 +18,7 @@ __global__ void __launch_bounds__(wgmma_threads(wgmma_consumers(kBlockN)), 1)
 template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
 cudaError_t launch_tiles(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
   const WgmmaArguments args = wgmma_arguments(problem, plan);
-  // The sums of a block take the place of its stages.
-  const int sums = plan.splits > 1 ? kBlockM * wgmma_sums_pitch(kBlockN) : 0;
-  if (args.stages < 2 || sums > args.stages * args.stage.size) {
-    return cudaErrorInvalidConfiguration;
-  }
+  if (args.stages < 2) return cudaErrorInvalidConfiguration;
   const WgmmaMaps maps = wgmma_maps(problem, plan, args);
   TensorMap x_map, code_map, scale_map, zero_map, y_map{};
   if (!encode_tensor_map(&x_map, maps.x) || !encode_tensor_map(&code_map, maps.codes) ||
@@ -31,7 +27,7 @@ cudaError_t launch_tiles(const Problem& problem, const WgmmaPlan& plan, cudaStre
     return cudaErrorInvalidValue;
   }
   const int blocks = plan.columns * plan.splits;
-  const Grid grid{dim3(plan.clusters * blocks), wgmma_threads(wgmma_consumers(kBlockN)),
+  const Grid grid{dim3(plan.clusters * blocks), wgmma_threads(wgmma_consumers(kBlockN, kBlockM)),
                   blocks, args.shared_bytes};
   return jax_gptq::cuda::launch(wgmma_kernel<T, kBits, kMode, kBlockN, kBlockM>, "wgmma", grid,
                                 stream, args, x_map, code_map, scale_map, zero_map, y_map);
@@ -46,6 +42,7 @@ cudaError_t launch_block(const Problem& problem, const WgmmaPlan& plan, cudaStre
   JAX_GPTQ_BLOCK(256, 32)
   JAX_GPTQ_BLOCK(256, 64)
   JAX_GPTQ_BLOCK(128, 256)
+  JAX_GPTQ_BLOCK(128, 32)
   JAX_GPTQ_BLOCK(128, 64)
   JAX_GPTQ_BLOCK(128, 128)
 #undef JAX_GPTQ_BLOCK

@@ -8,18 +8,18 @@
 //   (the producer)    (128-byte swizzle, multicast to the blocks of the cluster that need the
 //                     same rows), the packed tiles of kBlockN output features, their scales and
 //                     zero points, all through tensor maps, `stages` steps ahead.
-//   the other         each owns 64 output features. While the tensor cores multiply one piece (16
-//   warpgroups        along K), its warps dequantize the next but one. As often as that, since a
-//   (the consumers)   warp that hands over a product waits until the tensor cores take it: the
-//                     others' products, not their dequantization, must be what it waits for.
+//   the other         each owns 64 output features, in half of the steps where there are two for
+//   warpgroups        the same. While the tensor cores multiply one piece (16 along K), its warps
+//   (the consumers)   dequantize those after it.
 //
 // A cluster is `columns` x `splits` blocks: `columns` neighbouring output tiles that share x by
 // multicast, and `splits` parts of K whose f32 partial sums are added through distributed shared
 // memory in rank order. There is no atomic and no workspace, so equal inputs give equal bits.
 //
 // Shared memory:  | barriers, 1024 bytes | stage 0 | stage 1 | ... | staging |
-// In the staging are output tiles on their way or, where K is split, the sums that the other splits
-// send; the block's own sums take the place of its stages.
+// In the staging are output tiles on their way, and before that sums on their way from warpgroup to
+// warpgroup. Where K is split it holds the sums that the other splits send, and the block's own
+// take the place of its stages.
 //
 // Rounding: (q - z) is exact, its product with the scale is rounded once to the type of x.
 #pragma once
@@ -38,8 +38,14 @@ constexpr int kWgmmaSharedBytes = 227 * 1024;
 // Tiles of m walked before the next tile of n, so that x and the weights meet in the L2 cache.
 constexpr int kWgmmaRasterRows = 8;
 
-// Warpgroups that multiply, 64 output features each.
-constexpr int wgmma_consumers(int block_n) { return block_n / kTileN; }
+// Warpgroups that multiply share the output features, 64 each, and, where there would be two of
+// them to keep the multiprocessor busy, also the steps along K.
+constexpr int wgmma_parts(int block_n, int block_m) {
+  return block_n == 128 && block_m == 32 ? 2 : 1;
+}
+constexpr int wgmma_consumers(int block_n, int block_m) {
+  return block_n / kTileN * wgmma_parts(block_n, block_m);
+}
 // Steps of 64 along K in a stage. Two, where they fit, halve the cost of the barriers.
 constexpr int wgmma_stage_steps(int block_m) { return block_m == 256 ? 1 : 2; }
 
@@ -71,9 +77,14 @@ constexpr WgmmaStage wgmma_stage(int block_n, int block_m, int bits, Dtype scale
 
 // Bytes between rows of partial sums.
 constexpr int wgmma_sums_pitch(int block_n) { return 4 * (block_n + 4); }
+// Bytes in which the sums of one part of the warpgroups reach those of the other.
+constexpr int wgmma_exchange_bytes(int block_n, int block_m) {
+  return wgmma_parts(block_n, block_m) == 1 ? 0 : block_n * block_m * 4;
+}
 
 struct WgmmaArguments {
-  int m, n;
+  const void *codes, *scales, *zeros;  // layout.h
+  int m, n, k_steps;
   int groups;
   int group_rows;        // groups that one stage can touch
   int group_steps;       // steps of 64 of a group, if it ends between steps
@@ -85,19 +96,24 @@ struct WgmmaArguments {
   int clusters;  // launched
   int columns;   // 1 or 2
   int splits;
-  int stages;
+  int stages;     // 0: the plan does not fit
   bool y_mapped;  // y is written through its tensor map: n a multiple of 8 and no split
   Dtype scale_type;
   const float* bias;  // [n] or null
   void* y;            // [m, n]
   WgmmaStage stage;
+  int staging;  // from the first stage
   int shared_bytes;
 };
 
 inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& plan) {
   WgmmaArguments args{};
+  args.codes = problem.codes;
+  args.scales = problem.scales;
+  args.zeros = problem.zeros;
   args.m = problem.m;
   args.n = problem.n;
+  args.k_steps = steps_k(problem.k);
   args.groups = problem.groups;
   const int stage_k = wgmma_stage_steps(plan.block_m) * kStepK;
   const int stage_count = ceil_div(problem.k, stage_k);
@@ -125,14 +141,23 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
   args.y = problem.y;
   args.stage =
       wgmma_stage(plan.block_n, plan.block_m, problem.bits, problem.scale_type, args.group_rows);
-  int staging = args.y_mapped ? plan.block_n * plan.block_m * 2 : 0;
+  const int exchange = wgmma_exchange_bytes(plan.block_n, plan.block_m);
+  int own_sums = 0, staging = 0;
   if (plan.splits > 1) {
-    staging =
-        (plan.splits - 1) * ceil_div(plan.block_m, plan.splits) * wgmma_sums_pitch(plan.block_n);
+    const int pitch = wgmma_sums_pitch(plan.block_n);
+    own_sums = plan.block_m * pitch + exchange;
+    staging = (plan.splits - 1) * ceil_div(plan.block_m, plan.splits) * pitch;
+  } else {
+    const int tile = args.y_mapped ? plan.block_n * plan.block_m * 2 : 0;
+    staging = tile > exchange ? tile : exchange;
   }
-  args.stages = (kWgmmaSharedBytes - kWgmmaBarrierBytes - staging) / args.stage.size;
+  const int room = kWgmmaSharedBytes - kWgmmaBarrierBytes - staging;
+  args.stages = room / args.stage.size;
   if (args.stages > kWgmmaMaxStages) args.stages = kWgmmaMaxStages;
-  args.shared_bytes = kWgmmaBarrierBytes + args.stages * args.stage.size + staging;
+  if (own_sums > room) args.stages = 0;
+  args.staging =
+      args.stages * args.stage.size > own_sums ? args.stages * args.stage.size : own_sums;
+  args.shared_bytes = kWgmmaBarrierBytes + args.staging + staging;
   return args;
 }
 
@@ -221,33 +246,34 @@ struct WgmmaParameters {
   uint32_t zero[2];
 };
 
+// `scales` and `zeros` are where those of row r are.
 template <class T, int kBits, WgmmaMode kMode>
 __device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint32_t zeros,
-                                                           int index, Dtype scale_type) {
+                                                           Dtype scale_type) {
   WgmmaParameters p;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int at = index + 8 * i;
-    const uint32_t zero = ld_shared<uint8_t>(zeros + at);
+    const uint32_t zero = ld_shared<uint8_t>(zeros + 8 * i);
+    const uint32_t pair = zero * 0x00010001u;
     if constexpr (kMode == WgmmaMode::kExact) {
-      p.scale[i] = ld_shared<uint16_t>(scales + 2 * at) * 0x00010001u;
-      p.zero[i] = zero * 0x00010001u | magic<T>();
+      p.scale[i] = ld_shared<uint16_t>(scales + 16 * i) * 0x00010001u;
+      p.zero[i] = pair + magic<T>();
     } else if constexpr (kMode == WgmmaMode::kSplit) {
-      const float scale = to_float<F16>(ld_shared<uint16_t>(scales + 2 * at));
+      const float scale = to_float<F16>(ld_shared<uint16_t>(scales + 16 * i));
       const uint16_t rounded = from_float<Bf16>(scale);
       p.scale[i] = rounded * 0x00010001u;
       p.rest[i] = from_float<Bf16>(scale - to_float<Bf16>(rounded)) * 0x00010001u;
-      p.zero[i] = zero * 0x00010001u | kMagicBf16;
+      p.zero[i] = pair + kMagicBf16;
     } else {
       float scale;
       if (scale_type == Dtype::kF32) {
-        scale = ld_shared<float>(scales + 4 * at);
+        scale = ld_shared<float>(scales + 32 * i);
       } else {
-        const uint16_t bits = ld_shared<uint16_t>(scales + 2 * at);
+        const uint16_t bits = ld_shared<uint16_t>(scales + 16 * i);
         scale = scale_type == Dtype::kF16 ? to_float<F16>(bits) : to_float<Bf16>(bits);
       }
       p.scale[i] = float_bits(scale);
-      p.zero[i] = kBits == 4 ? zero * 0x00010001u | kMagicBf16 : zero | kMagicF32;
+      p.zero[i] = kBits == 4 ? pair + kMagicBf16 : zero | kMagicF32;
     }
   }
   return p;
@@ -330,7 +356,7 @@ __device__ __forceinline__ void reduce_splits(const WgmmaArguments& args, uint32
                                               uint32_t received, uint32_t barrier, OutputTile tile,
                                               int column, int split) {
   constexpr int kRowBytes = wgmma_sums_pitch(kBlockN);
-  constexpr int kQuads = kBlockN / 4;                // of a row
+  constexpr int kQuads = kBlockN / 4;               // of a row
   constexpr int kRows = 128 * kConsumers / kQuads;  // at once
   const int thread = static_cast<int>(threadIdx.x) - 128;
   const int left = args.m - tile.m * kBlockM;
@@ -393,7 +419,8 @@ template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
 __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const TensorMap& x_map,
                                             const TensorMap& code_map, const TensorMap& scale_map,
                                             const TensorMap& zero_map, const TensorMap& y_map) {
-  constexpr int kConsumers = wgmma_consumers(kBlockN);
+  constexpr int kParts = wgmma_parts(kBlockN, kBlockM);
+  constexpr int kConsumers = wgmma_consumers(kBlockN, kBlockM);
   constexpr int kTiles = kBlockN / kTileN;
   constexpr int kSteps = wgmma_stage_steps(kBlockM);  // of 64 along K, in a stage
   constexpr int kSums = kBlockM / 2;                  // f32 accumulators of a lane
@@ -403,7 +430,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
   const auto full = [&](int stage) { return barriers + 16 * stage; };
   const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
   const uint32_t reduced = barriers + 16 * kWgmmaMaxStages;
-  const uint32_t staging = stages + args.stages * args.stage.size;
+  const uint32_t staging = stages + args.staging;
 
   const int thread = static_cast<int>(threadIdx.x);
   const int warpgroup = thread / 128;
@@ -450,6 +477,25 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     // The warps stay together around the elected lane: operands then sit in uniform registers, as
     // the copy instructions want them.
     const bool elected = elect_one();
+    if (warp == 3) {
+      // The copy engine starts by reading the tensor maps from memory. Meanwhile the first codes,
+      // scales and zero points are on their way to the L2 cache.
+      const int tile = output_tile(args, first_work, column).n * kTiles + lane;
+      constexpr int kFirst = 4;  // steps; more would delay what is needed first
+      const int end = min(last_step, args.k_steps);
+      const int steps = min(end - first_step, kFirst);
+      if (lane < kTiles && tile < tiles_n(args.n) && steps > 0) {
+        const int64_t parameter = static_cast<int64_t>(tile) * args.groups + first_group;
+        prefetch_l2(
+            static_cast<const char*>(args.codes) +
+                (static_cast<int64_t>(tile) * args.k_steps + first_step) * step_bytes(kBits),
+            steps * step_bytes(kBits));
+        prefetch_l2(static_cast<const char*>(args.scales) +
+                        parameter * (kTileN * dtype_bytes(args.scale_type)),
+                    kTileN * 2);
+        prefetch_l2(static_cast<const char*>(args.zeros) + parameter * kTileN, kTileN);
+      }
+    }
     const int box_row = column * (kBlockM / args.columns);
     const uint16_t peers = ((1 << args.columns) - 1) << (split * args.columns);
     int stage = 0, phase = 0;
@@ -502,20 +548,29 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     }
   } else {
     registers_raise<wgmma_consumer_registers(kConsumers)>();
-    const int consumer = warpgroup - 1;
+    // The same for all lanes, which the compiler must know.
+    const int part = kParts == 1 ? 0 : shuffle(warpgroup - 1, 0) / kTiles;
+    const int feature_tile = (warpgroup - 1) % kTiles;  // of the block
     const int row = 16 * warp + lane / 4;  // of a 64-row tile; the lane also has row + 8
 
-    // A piece is 16 along K. Fragments of four are held: of those that are under way and of those
-    // that come next.
-    constexpr int kAhead = 2;
-    constexpr int kPieces = 4 * kSteps;  // in a stage
-    uint32_t fragments[4][4];
+    // A piece is 16 along K. Of the fragments that are held, kAhead are ready or being made, the
+    // others are being multiplied. How many was measured.
+    constexpr int kHeld = 4;
+    constexpr int kAhead = kBlockN == 256 ? 3 : 2;
+    constexpr int kOwnSteps = kSteps / kParts;  // in a stage, from `part` on
+    constexpr int kPieces = 4 * kOwnSteps;
+    uint32_t fragments[kHeld][4];
     uint4 words[kBits / 4];  // codes of a step
     WgmmaParameters parameters;
 
-    const uint32_t lane_codes = args.stage.codes + consumer * kSteps * step_bytes(kBits) +
+    const uint32_t lane_codes = args.stage.codes +
+                                (feature_tile * kSteps + part) * step_bytes(kBits) +
                                 (warp * 32 + lane) * kLaneBytes;
-    const int lane_parameters = consumer * args.group_rows * kTileN + row;
+    const int scale_bytes =
+        kMode == WgmmaMode::kExact || kMode == WgmmaMode::kSplit ? 2 : dtype_bytes(args.scale_type);
+    const uint32_t lane_zeros = args.stage.zeros + feature_tile * args.group_rows * kTileN + row;
+    const uint32_t lane_scales =
+        args.stage.scales + (feature_tile * args.group_rows * kTileN + row) * scale_bytes;
     // The stage that codes come from, its barrier, and the parity that the barrier will have.
     uint32_t fetched = stages, fetched_full = full(0);
     int fetched_phase = 0;
@@ -523,33 +578,37 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     // From a stage's `full` barrier to where this lane says that it is empty: a lane arrives at its
     // own peer's barrier, if it has one.
     const uint32_t to_empty =
-        cluster_map(empty(0), lane < args.columns ? split * args.columns + lane
-                                                  : split * args.columns) -
+        cluster_map(empty(0),
+                    lane < args.columns ? split * args.columns + lane : split * args.columns) -
         full(0);
     uint32_t multiplied_full = full(0);  // of the oldest stage that was not released
     int steps_left = 0;                  // of the group whose parameters are held
 
     const auto load_group = [&](int group_row) {
       parameters = load_parameters<T, kBits, kMode>(
-          fetched + args.stage.scales, fetched + args.stage.zeros,
-          lane_parameters + group_row * kTileN, args.scale_type);
+          fetched + lane_scales + group_row * kTileN * scale_bytes,
+          fetched + lane_zeros + group_row * kTileN, args.scale_type);
     };
 
-    // Reads the codes of a step, and its parameters if a group begins; waits for a new stage.
-    const auto fetch = [&](int step_of_stage) {
-      if (step_of_stage == 0) barrier_wait(fetched_full, fetched_phase);
+    // Reads the codes of the own_step-th of this warpgroup's steps in the stage that begins at
+    // `step`, and its parameters if a group begins; waits for a new stage.
+    const auto fetch = [&](int step, int own_step) {
+      if (own_step == 0) barrier_wait(fetched_full, fetched_phase);
 #pragma unroll
       for (int i = 0; i < kBits / 4; ++i) {
-        words[i] = ld_shared<uint4>(fetched + lane_codes + i * kTileBytes +
-                                    step_of_stage * step_bytes(kBits));
+        words[i] =
+            ld_shared<uint4>(fetched + lane_codes + i * kTileBytes + own_step * step_bytes(kBits));
       }
-      if (kMode != WgmmaMode::kFine) {
-        if (steps_left == 0) {
-          load_group(step_of_stage);
-          steps_left = args.group_steps;
-        }
-        --steps_left;
+      if (kMode == WgmmaMode::kFine) return;
+      if (kParts > 1 && args.group_rows > 1) {
+        load_group(group_of(args, (step + part) * 4) - group_of(args, step * 4));
+        return;
       }
+      if (steps_left == 0) {
+        load_group(own_step);
+        steps_left = args.group_steps;
+      }
+      steps_left -= kParts;
     };
     const auto next_stage = [&] {
       fetched += args.stage.size;
@@ -565,9 +624,9 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     // A piece of the fetched stage, which begins at `step`, into its fragment.
     const auto dequantize = [&](int step, int piece) {
       if (kMode == WgmmaMode::kFine) {
-        load_group(group_of(args, step * 4 + piece) - group_of(args, step * 4));
+        load_group(group_of(args, (step + part) * 4 + piece) - group_of(args, step * 4));
       }
-      uint32_t(&fragment)[4] = fragments[piece % 4];
+      uint32_t (&fragment)[4] = fragments[piece % kHeld];
       if constexpr (kBits == 4) {
         const uint32_t step_words[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
         dequantize4<T, kMode>(fragment, step_words[piece % 4], parameters);
@@ -575,6 +634,16 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
         const uint4 w = words[piece % 4 / 2];
         const bool second = piece % 2 == 1;
         dequantize8<T>(fragment, second ? w.z : w.x, second ? w.w : w.y, parameters);
+      }
+    };
+
+    const auto prepare = [&](int step, int piece, bool more) {
+      dequantize(step, piece);
+      if (piece + 1 == kPieces) {
+        next_stage();
+        if (more) fetch(step + kSteps, 0);
+      } else if (piece % 4 == 3) {
+        fetch(step, (piece + 1) / 4);
       }
     };
 
@@ -591,38 +660,32 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
       if (first_step < last_step) {
         steps_left = 0;
-        fetch(0);
-        steps_left = first_steps_left - 1;
+        fetch(first_step, 0);
+        steps_left = first_steps_left - kParts;
 #pragma unroll
-        for (int piece = 0; piece < kAhead; ++piece) dequantize(first_step, piece);
+        for (int piece = 0; piece < kAhead; ++piece) prepare(first_step, piece, true);
 #pragma unroll 1
         for (int step = first_step; step < last_step; step += kSteps) {
           const bool last = step + kSteps == last_step;
-          const uint64_t x = swizzled_descriptor(fetched);
+          const uint64_t x = swizzled_descriptor(fetched + part * (kBlockM * 128));
           const uint32_t full_here = fetched_full;
-          // The product of a piece and, under it, the dequantization of the next but one.
+          // The product of a piece and, under it, the dequantization of one ahead.
 #pragma unroll
           for (int piece = 0; piece < kPieces; ++piece) {
             wgmma_fence();
-            Wgmma<T, kBlockM>::multiply(sums, fragments[piece % 4],
+            Wgmma<T, kBlockM>::multiply(sums, fragments[piece % kHeld],
                                         x + piece / 4 * (kBlockM * 128 / 16) + 2 * (piece % 4));
             wgmma_commit();
-            wgmma_wait<4 - kAhead>();
-            if (piece == 3 - kAhead) {  // The stage before has been multiplied.
+            wgmma_wait<kHeld - kAhead>();
+            if (piece == kHeld - kAhead - 1) {  // The stage before has been multiplied.
               if (step > first_step) release();
               multiplied_full = full_here;
             }
             const int next = piece + kAhead;
             if (next < kPieces) {
-              dequantize(step, next);
-              if (next + 1 == kPieces) {
-                next_stage();
-                if (!last) fetch(0);
-              } else if (next % 4 == 3) {
-                fetch((next + 1) / 4);
-              }
+              prepare(step, next, !last);
             } else if (!last) {
-              dequantize(step + kSteps, next - kPieces);
+              prepare(step + kSteps, next - kPieces, true);
             }
           }
         }
@@ -630,21 +693,43 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
         release();
       }
 
-      const int n0 = tile.n * kBlockN + consumer * kTileN + row;
+      if (thread % 128 == 0) store_wait_read();  // The tile before this has left the staging.
+      if (kParts > 1 || args.splits > 1) named_barrier(1, 128 * kConsumers);
+      if constexpr (kParts > 1) {
+        const uint32_t exchange =
+            (args.splits > 1 ? stages + kBlockM * wgmma_sums_pitch(kBlockN) : staging) +
+            (feature_tile * 4 + warp) * (kSums * 128) + lane * 16;
+        if (part == 1) {
+#pragma unroll
+          for (int i = 0; i < kSums; i += 4) {
+            st_shared(exchange + i * 128,
+                      make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
+          }
+        }
+        named_barrier(1, 128 * kConsumers);
+        if (part == 1) continue;
+#pragma unroll
+        for (int i = 0; i < kSums; i += 4) {
+          const float4 other = ld_shared<float4>(exchange + i * 128);
+          sums[i] += other.x;
+          sums[i + 1] += other.y;
+          sums[i + 2] += other.z;
+          sums[i + 3] += other.w;
+        }
+      }
+      const int n0 = tile.n * kBlockN + feature_tile * kTileN + row;
       if (args.splits > 1) {
         // f32 partial sums, transposed to [kBlockM][kBlockN], where the stages were.
-        named_barrier(1, 128 * kConsumers);
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
           const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
-          const int n = consumer * kTileN + row + i / 2 % 2 * 8;
+          const int n = feature_tile * kTileN + row + i / 2 % 2 * 8;
           st_shared(stages + m * wgmma_sums_pitch(kBlockN) + n * 4, sums[i]);
         }
         fence_async_proxy();
       } else if (args.y_mapped) {
-        const uint32_t to = staging + consumer * kBlockM * 128;
-        if (thread % 128 == 0) store_wait_read();
-        named_barrier(1 + consumer, 128);
+        const uint32_t to = staging + feature_tile * (kBlockM * 128);
+        named_barrier(2 + feature_tile, 128);
         const float bias0 = load_bias(args, n0);
         const float bias1 = load_bias(args, n0 + 8);
 #pragma unroll
@@ -661,9 +746,9 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           stmatrix_x4_trans(to + m * 128 + chunk * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
         }
         fence_async_proxy();
-        named_barrier(1 + consumer, 128);
+        named_barrier(2 + feature_tile, 128);
         if (thread % 128 == 0) {
-          store_box(&y_map, to, tile.n * kBlockN + consumer * kTileN, tile.m * kBlockM);
+          store_box(&y_map, to, tile.n * kBlockN + feature_tile * kTileN, tile.m * kBlockM);
           store_commit();
         }
       } else {
@@ -685,9 +770,8 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     if (args.splits > 1) {
       named_barrier(1, 128 * kConsumers);
       if (args.columns == 1) cluster_wait();
-      reduce_splits<T, kConsumers, kBlockN, kBlockM>(args, stages, staging, reduced,
-                                                     output_tile(args, first_work, column), column,
-                                                     split);
+      reduce_splits<T, kConsumers, kBlockN, kBlockM>(
+          args, stages, staging, reduced, output_tile(args, first_work, column), column, split);
     }
   }
   if (blocks > 1) {

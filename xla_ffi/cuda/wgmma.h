@@ -7,7 +7,7 @@ namespace jax_gptq::cuda {
 
 // Output features and rows of x of a block, and the cluster it works in.
 struct WgmmaPlan {
-  int block_n = 0;  // 256 with block_m 32 or 64; 128 with block_m 64, 128 or 256
+  int block_n = 0;  // 256 with block_m 32 or 64; 128 with block_m 32, 64, 128 or 256
   int block_m = 0;
   int columns = 1;   // blocks of a cluster that share rows of x by multicast: 1 or 2
   int splits = 1;    // blocks of a cluster that share an output tile, each with a part of k
@@ -22,13 +22,18 @@ constexpr int wgmma_resident_clusters(int blocks, int processors) {
   return count > 0 ? count : 1;
 }
 
-// Clusters to launch for `plan`: one per output tile (of `columns` blocks) if K is split, else no
-// more than are resident at once.
+// Output tiles, `columns` neighbours together.
+constexpr int wgmma_works(const Problem& problem, const WgmmaPlan& plan) {
+  return ceil_div(problem.m, plan.block_m) *
+         ceil_div(ceil_div(problem.n, plan.block_n), plan.columns);
+}
+
+// Clusters to launch for `plan`: one for each of those if K is split, else no more than are
+// resident at once.
 constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int processors) {
-  const int tiles =
-      ceil_div(problem.m, plan.block_m) * ceil_div(ceil_div(problem.n, plan.block_n), plan.columns);
+  const int works = wgmma_works(problem, plan);
   const int resident = wgmma_resident_clusters(plan.columns * plan.splits, processors);
-  return plan.splits > 1 || tiles < resident ? tiles : resident;
+  return plan.splits > 1 || works < resident ? works : resident;
 }
 
 // Whether the kernel can take the problem. Looks at shapes and types alone.

@@ -7,39 +7,59 @@ bool wgmma_supported(const Problem& problem) {
   return problem.k % 8 == 0 && (problem.groups == 1 || problem.group_size % 16 == 0);
 }
 
-// From the measurements in docs/h200_notes.md and h100_notes.md.
+namespace {
+
+// Microseconds of one step of 64 along K of a block.
+struct Tile {
+  int block_n, block_m;
+  double step;
+};
+constexpr Tile kTiles[] = {{256, 32, 0.40}, {256, 64, 0.48},  {128, 32, 0.24},
+                           {128, 64, 0.28}, {128, 128, 0.36}, {128, 256, 0.63}};
+
+// Microseconds beyond a start that all plans have alike; fitted to measurements on an H100, see
+// docs/h200_notes.md (2026-11-26, fourth). m counts in whole blocks only, so that K is cut in the
+// same way for all m with the same number of blocks.
+double estimate(const Problem& problem, const WgmmaPlan& plan, double step, int processors) {
+  constexpr double kWave = 2.0, kSplit = 0.2, kPerSplit = 0.2, kPerKilobyte = 0.04;
+  const double product = ceil_div(ceil_div(steps_k(problem.k), 2), plan.splits) * 2 * step;
+  if (plan.splits > 1) {
+    const double sent = 4e-3 * plan.block_m * plan.block_n * (plan.splits - 1) / plan.splits;
+    return product + kSplit + kPerSplit * plan.splits + kPerKilobyte * sent;
+  }
+  const int waves =
+      ceil_div(wgmma_works(problem, plan), wgmma_resident_clusters(plan.columns, processors));
+  return waves * product + (waves - 1) * kWave;
+}
+
+}  // namespace
+
 WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
-  WgmmaPlan plan;
-  const auto tiles = [&](int block_n, int block_m) {
-    return ceil_div(problem.n, block_n) * ceil_div(problem.m, block_m);
-  };
-  const int half = wgmma_resident_clusters(2, device.processors);
-  const bool long_k = problem.k >= 8192;  // the sums of a split cost little beside its products
-  plan.block_n = 128;
-  if (problem.m <= 64) {
-    plan.block_m = problem.m <= 32 ? 32 : 64;
-    const int wide = ceil_div(problem.n, 256);
-    if (problem.m <= 32 || wide * 2 > half || (long_k && wide * 4 <= half)) plan.block_n = 256;
-  } else if (!long_k && tiles(128, 64) <= half) {
-    plan.block_m = 64;
-  } else if (problem.m <= 128 || (tiles(128, 256) <= half && !(long_k && tiles(128, 128) > half))) {
-    plan.block_m = 128;
-  } else if (tiles(128, 256) <= half) {
-    plan.block_m = 256;  // and two splits
-  } else {
-    plan.block_m = 256;
-    plan.columns = 2;
+  const int processors = device.processors;
+  WgmmaPlan best;
+  double least = 0.0;
+  for (const Tile& tile : kTiles) {
+    // Not half empty, and of the smallest only one: it reads the weight again for the next.
+    if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > 32) continue;
+    // More parts of K do not leave the sums of the largest tile room in shared memory.
+    const int most = tile.block_m == 256 ? 2 : kMaxClusterSplits;
+    for (int splits = 1; splits <= most; ++splits) {
+      WgmmaPlan plan{tile.block_n, tile.block_m, 1, splits, 0};
+      if (tile.block_m == 256 && splits == 1 && problem.m > 256) plan.columns = 2;
+      // A split is for multiprocessors that would idle, and leaves a block four steps.
+      if (splits > 1 &&
+          (4 * splits > steps_k(problem.k) ||
+           wgmma_works(problem, plan) > wgmma_resident_clusters(splits, processors))) {
+        break;
+      }
+      const double time = estimate(problem, plan, tile.step, processors);
+      if (best.block_n != 0 && time >= least) continue;
+      least = time;
+      best = plan;
+    }
   }
-  // As many splits of K as keep every tile's cluster resident. Fewer than 4 steps of K or more than
-  // 6 splits cost more in sums sent around than they save.
-  const int count = tiles(plan.block_n, plan.block_m);
-  const int most = ceil_div(steps_k(problem.k), 4) < 6 ? ceil_div(steps_k(problem.k), 4) : 6;
-  while (plan.columns == 1 && plan.splits < most &&
-         count <= wgmma_resident_clusters(plan.splits + 1, device.processors)) {
-    ++plan.splits;
-  }
-  plan.clusters = wgmma_clusters(problem, plan, device.processors);
-  return plan;
+  best.clusters = wgmma_clusters(problem, best, processors);
+  return best;
 }
 
 }  // namespace jax_gptq::cuda

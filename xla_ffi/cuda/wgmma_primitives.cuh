@@ -117,6 +117,12 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Asks for `bytes` of global memory, a multiple of 16 as the address is, to be in the L2 cache
+// soon.
+__device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void copy_box(uint32_t destination, const TensorMap* map,
                                          uint32_t barrier, int x, int y) {
   asm volatile(

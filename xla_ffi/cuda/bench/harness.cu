@@ -411,7 +411,7 @@ std::vector<Variant> variants(const Problem& problem) {
     if (problem.m <= block_m / 2 && block_m > 32) continue;
     if (problem.m > 4 * block_m && block_m < 128) continue;
     for (int block_n : {128, 256}) {
-      if (block_m == (block_n == 128 ? 32 : 256)) continue;
+      if (block_n == 256 && block_m > 64) continue;
       for (int columns : {1, 2}) {
         for (int splits = 1; splits * columns <= 8; ++splits) {
           const int blocks = ceil_div(problem.m, block_m) * ceil_div(problem.n, block_n) * splits;
