@@ -163,6 +163,9 @@ KERNELS = {
     "wgmma": (90, 2, (40, 192, 130), ["wgmma"]),
     "wgmma, cluster": (90, 132, (40, 512, 130), ["wgmma"]),
     "wgmma, multicast": (90, 132, (300, 128, 300), ["wgmma"]),
+    "wgmma, steps shared": (90, 132, (20, 192, 128), ["wgmma"]),
+    "wgmma, steps shared, many tiles": (90, 2, (20, 1920, 640), ["wgmma"]),
+    "wgmma, steps shared, cluster": (90, 132, (20, 512, 130), ["wgmma"]),
 }
 
 
@@ -179,6 +182,50 @@ def test_same_bits_in_any_order(kernel, dtype, bits):
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
     assert rel_error(results[0], y) < BOUNDS[dtype]["decode" not in launches]
+
+
+# dtype, bits, dtype of the scales, group_size.
+FORMATS = [
+    ("bfloat16", 4, "bfloat16", 128),
+    ("bfloat16", 4, "float16", 64),
+    ("float16", 8, "float32", 192),
+    ("bfloat16", 8, "bfloat16", 32),
+    ("float16", 4, "float16", 48),
+]
+
+
+@pytest.mark.parametrize(
+    ("columns", "splits"), [(1, 1), (2, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 3)]
+)
+@pytest.mark.parametrize(
+    ("block_n", "block_m"), [(256, 32), (256, 64), (128, 32), (128, 64), (128, 128), (128, 256)]
+)
+def test_every_plan_of_wgmma(block_n, block_m, columns, splits):
+    """Also those that no shape of this file leads to, and with parts of K that are empty."""
+    plan = [block_n, block_m, columns, splits]
+    first = (block_n // 128 + block_m // 32 + columns + splits) % len(FORMATS)
+    for i, (m, k, n) in enumerate([(block_m // 2 + 1, 648, 384), (block_m + 9, 200, 650)]):
+        dtype, bits, scales, group_size = FORMATS[(first + i) % len(FORMATS)]
+        scale_dtype = np.dtype(getattr(ml_dtypes, scales, scales))
+        emulated.set(arch=90, processors=2, seed=i, wgmma=plan)
+        x, store, bias, y = setup(
+            m,
+            k,
+            n,
+            dtype=dtype,
+            exact=True,
+            bias=True,
+            bits=bits,
+            group_size=group_size,
+            scale_dtype=scale_dtype,
+        )
+        if block_m == 256 and splits > 3:  # its sums do not fit
+            with pytest.raises(Exception, match="CUDA error 9"):
+                matmul(x, store, bias).block_until_ready()
+            continue
+        found = np.asarray(matmul(x, store, bias))
+        assert emulated.launches() == ["wgmma"]
+        np.testing.assert_array_equal(found, y.astype(found.dtype))
 
 
 @pytest.mark.parametrize("arch", [80, 90])

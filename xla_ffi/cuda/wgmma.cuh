@@ -728,7 +728,9 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
         }
         fence_async_proxy();
       } else if (args.y_mapped) {
-        const uint32_t to = staging + feature_tile * (kBlockM * 128);
+        // Not where other warpgroups may still be reading each other's sums.
+        const uint32_t to =
+            staging + feature_tile * (kTileN * kBlockM) * (kParts > 1 ? sizeof(float) : 2);
         named_barrier(2 + feature_tile, 128);
         const float bias0 = load_bias(args, n0);
         const float bias1 = load_bias(args, n0 + 8);

@@ -8,6 +8,7 @@
 
 #include "../cuda/checks.h"
 #include "../cuda/kernels.h"
+#include "../cuda/wgmma_launch.h"
 
 namespace jax_gptq::emulator {
 namespace {
@@ -75,6 +76,12 @@ ffi::Error matmul(ffi::AnyBuffer x, ffi::Buffer<ffi::U32> codes, ffi::AnyBuffer 
       {operand("x", x), operand("codes", codes), operand("scales", scales), operand("zeros", zeros),
        operand("bias", bias), result("y", *y), result("workspace", *workspace)},
       "y", [&](const cuda::Device& device) {
+        if (!current.wgmma.empty()) {
+          cuda::WgmmaPlan plan{current.wgmma[0], current.wgmma[1], current.wgmma[2],
+                               current.wgmma[3]};
+          plan.clusters = cuda::wgmma_clusters(problem, plan, device.processors);
+          return cuda::launch_wgmma(problem, plan, nullptr);
+        }
         const cuda::Plan plan = cuda::make_plan(problem, device);
         return cuda::launch_matmul(problem, plan, workspace->untyped_data(), nullptr);
       });

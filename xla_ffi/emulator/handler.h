@@ -12,6 +12,8 @@ namespace jax_gptq::emulator {
 struct Settings {
   Architecture architecture;
   uint64_t seed = 0;  // of the order of blocks, warps, lanes and copies
+  // Unless empty, every product is class B of sm_90a: block_n, block_m, columns and splits.
+  std::vector<int> wgmma = {};
 };
 
 void set(const Settings& settings);

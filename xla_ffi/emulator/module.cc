@@ -25,12 +25,17 @@ NB_MODULE(_cuda_emulated, m) {
       "FFI target name -> handler.");
   m.def(
       "set",
-      [](int arch, int processors, uint64_t seed) {
-        jax_gptq::emulator::set({{arch, processors}, seed});
+      [](int arch, int processors, uint64_t seed, std::vector<int> wgmma) {
+        if (!wgmma.empty() && wgmma.size() != 4) {
+          throw nb::value_error("wgmma: expected block_n, block_m, columns and splits");
+        }
+        jax_gptq::emulator::set({{arch, processors}, seed, std::move(wgmma)});
       },
       nb::arg("arch") = 80, nb::arg("processors") = 108, nb::arg("seed") = 0,
-      "The emulated device (arch: 10 * major + minor; processors: streaming multiprocessors), and "
-      "the seed of the order in which blocks, warps, lanes and copies take their turns.");
+      nb::arg("wgmma") = std::vector<int>(),
+      "The emulated device (arch: 10 * major + minor; processors: streaming multiprocessors), the "
+      "seed of the order in which blocks, warps, lanes and copies take their turns, and, if given, "
+      "the plan of every product on sm_90a: block_n, block_m, columns, splits.");
   m.def("launches", &jax_gptq::emulator::launches,
         "Names of the kernels that the latest call launched, in order.");
 }
