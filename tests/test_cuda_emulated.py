@@ -229,10 +229,12 @@ def test_every_plan_of_wgmma(block_n, block_m, columns, splits):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("rows", "fewer"), [(4, 3), (8, 5), (16, 9)])
+@pytest.mark.parametrize(
+    ("rows", "fewer"), [(4, 3), (8, 5), (16, 9), (32, 17), (64, 33), (128, 65)]
+)
 @pytest.mark.parametrize(("k", "n"), [(512, 130), (8832, 40)])
 def test_a_row_does_not_depend_on_the_others(arch, rows, fewer, k, n):
-    """3 or 4, 5 to 8 and 9 to 16 rows are multiplied in one way each."""
+    """3 or 4, 5 to 8, 9 to 16 rows and so on are multiplied in one way each."""
     emulated.set(arch=arch)
     x, store, _, _ = setup(rows, k, n)
     together = np.asarray(matmul(x, store))

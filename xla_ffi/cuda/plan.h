@@ -50,7 +50,7 @@ struct Device {
 
 enum class Kernel : int {
   kNone,    // no rows: nothing to launch
-  kDecode,  // m <= 16 (sm_90a: 8, small weights 16), scales on f32 accumulators
+  kDecode,  // m <= 16 (sm_90a: 8, weights up to 2048 x 2048 16), scales on f32 accumulators
   kMma,     // larger m, mma.sync, weights rounded once
   kWgmma,   // larger m, sm_90a, weights rounded once
 };
@@ -78,8 +78,8 @@ constexpr bool supported(const Device& device) { return device.arch >= 80; }
 
 // The plan for `problem` (its pointers are not looked at). kNone where m > 0 means that no kernel
 // can take the problem on this device. K is cut in the same way for m = 3 and 4, for all m from 5
-// to 8 and 9 to 16 and, by kMma, for all m with the same number of blocks along m; there a row of y
-// does not depend on the rows beside it.
+// to 8, 9 to 16, 17 to 32, 33 to 64 and 65 to 128, and beyond for all with the same ceil(m / 64);
+// there a row of y does not depend on the rows beside it.
 Plan make_plan(const Problem& problem, const Device& device);
 
 }  // namespace jax_gptq::cuda

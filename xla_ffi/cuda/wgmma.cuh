@@ -330,7 +330,7 @@ struct OutputTile {
 __device__ __forceinline__ OutputTile output_tile(const WgmmaArguments& args, int work,
                                                   int column) {
   if (args.m_tiles == 1) return {0, work * args.columns + column};
-  const int along_n = ceil_div(args.n_tiles, args.columns);
+  const int along_n = (args.n_tiles + args.columns - 1) >> (args.columns - 1);
   const int band = work / (kWgmmaRasterRows * along_n);
   const int left = args.m_tiles - band * kWgmmaRasterRows;
   const int rows = left < kWgmmaRasterRows ? left : kWgmmaRasterRows;
@@ -462,12 +462,30 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       (args.stages_per_split * split + (longer ? split : args.longer_splits)) * kSteps;
   const int last_step = first_step + (args.stages_per_split + (longer ? 1 : 0)) * kSteps;
   const int first_group = args.group_pieces.divide(first_step * 4);
-  const int first_steps_left = (first_group + 1) * args.group_steps - first_step;
   block_sync();
   if (blocks > 1) {
     // The peers' barriers must be there before anything is sent to them: x soon, sums at the end.
     cluster_arrive_relaxed();
     if (args.columns > 1) cluster_wait();
+  }
+
+  if (thread / 32 == 3) {
+    // The copy engine starts by reading the tensor maps from memory. Meanwhile the first codes,
+    // scales and zero points are on their way to the L2 cache.
+    const int tile = output_tile(args, first_work, column).n * kTiles + lane;
+    constexpr int kFirst = 4;  // steps; more would delay what is needed first
+    const int end = min(last_step, args.k_steps);
+    const int steps = min(end - first_step, kFirst);
+    if (lane < kTiles && tile < tiles_n(args.n) && steps > 0) {
+      const int64_t parameter = static_cast<int64_t>(tile) * args.groups + first_group;
+      prefetch_l2(static_cast<const char*>(args.codes) +
+                      (static_cast<int64_t>(tile) * args.k_steps + first_step) * step_bytes(kBits),
+                  steps * step_bytes(kBits));
+      prefetch_l2(static_cast<const char*>(args.scales) +
+                      parameter * (kTileN * dtype_bytes(args.scale_type)),
+                  kTileN * 2);
+      prefetch_l2(static_cast<const char*>(args.zeros) + parameter * kTileN, kTileN);
+    }
   }
 
   if (warpgroup == 0) {
@@ -477,46 +495,19 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     // The warps stay together around the elected lane: operands then sit in uniform registers, as
     // the copy instructions want them.
     const bool elected = elect_one();
-    if (warp == 3) {
-      // The copy engine starts by reading the tensor maps from memory. Meanwhile the first codes,
-      // scales and zero points are on their way to the L2 cache.
-      const int tile = output_tile(args, first_work, column).n * kTiles + lane;
-      constexpr int kFirst = 4;  // steps; more would delay what is needed first
-      const int end = min(last_step, args.k_steps);
-      const int steps = min(end - first_step, kFirst);
-      if (lane < kTiles && tile < tiles_n(args.n) && steps > 0) {
-        const int64_t parameter = static_cast<int64_t>(tile) * args.groups + first_group;
-        prefetch_l2(
-            static_cast<const char*>(args.codes) +
-                (static_cast<int64_t>(tile) * args.k_steps + first_step) * step_bytes(kBits),
-            steps * step_bytes(kBits));
-        prefetch_l2(static_cast<const char*>(args.scales) +
-                        parameter * (kTileN * dtype_bytes(args.scale_type)),
-                    kTileN * 2);
-        prefetch_l2(static_cast<const char*>(args.zeros) + parameter * kTileN, kTileN);
-      }
-    }
-    const int box_row = column * (kBlockM / args.columns);
+    const int box_row = column * kBlockM / 2;  // There are no more than two columns.
     const uint16_t peers = ((1 << args.columns) - 1) << (split * args.columns);
     int stage = 0, phase = 0;
     for (int work = first_work; work < args.works && warp < 3; work += args.clusters) {
       const OutputTile tile = output_tile(args, work, column);
-      int group = first_group;
-      int steps_left = first_steps_left;
+      int group = -1;
 #pragma unroll 1
       for (int step = first_step; step < last_step; step += kSteps) {
         const uint32_t base = stages + stage * args.stage.size;
-        bool parameters = true;
-        if (kMode == WgmmaMode::kFine || args.group_rows > 1) {
-          group = group_of(args, step * 4);
-        } else {
-          parameters = step == first_step || steps_left == 0;
-          if (steps_left == 0) {
-            ++group;
-            steps_left = args.group_steps;
-          }
-          steps_left -= kSteps;
-        }
+        const int previous = group;
+        group = group_of(args, step * 4);
+        const bool parameters =
+            kMode == WgmmaMode::kFine || args.group_rows > 1 || group != previous;
         barrier_wait(empty(stage), phase ^ 1);
         if (elected) {
           if (warp == 0) {
@@ -661,7 +652,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       if (first_step < last_step) {
         steps_left = 0;
         fetch(first_step, 0);
-        steps_left = first_steps_left - kParts;
+        steps_left = (first_group + 1) * args.group_steps - first_step - kParts;
 #pragma unroll
         for (int piece = 0; piece < kAhead; ++piece) prepare(first_step, piece, true);
 #pragma unroll 1
