@@ -63,12 +63,15 @@ Plan plan_mma(const Problem& p, const Device& device) {
   plan.shared_bytes = mma_shared_bytes(p, plan.block_m);
   if (plan.shared_bytes > device.shared_bytes) return {};
   plan.kernel = Kernel::kMma;
-  // K is split while that fills multiprocessors that would idle, and leaves a block 4 steps.
+  // K is split while that fills multiprocessors that would idle, and leaves a block 4 steps; in the
+  // same way for all m with the same number of blocks.
+  Problem whole = p;
+  whole.m = ceil_div(p.m, plan.block_m) * plan.block_m;
   const int blocks = ceil_div(p.n, kMmaBlockN) * ceil_div(p.m, plan.block_m);
   const int resident = device.processors * (plan.block_m <= 32 ? 2 : 1);
   const int most = std::min(kMaxWorkspaceSplits, steps_k(p.k) / 4);
   while (plan.splits + 1 <= most && blocks * (plan.splits + 1) <= resident &&
-         partial_sums_fit(p, plan.splits + 1)) {
+         partial_sums_fit(whole, plan.splits + 1)) {
     ++plan.splits;
   }
   if (plan.splits > 1) plan.reduction = Reduction::kWorkspace;

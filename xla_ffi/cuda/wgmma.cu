@@ -53,13 +53,11 @@ template <class T>
 cudaError_t launch_type(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
   const Dtype type = std::is_same<T, F16>::value ? Dtype::kF16 : Dtype::kBf16;
   const bool fine = problem.groups > 1 && problem.group_size % kStepK != 0;
-#ifndef DEV
   if (problem.bits == 8) {
     return fine ? launch_block<T, 8, WgmmaMode::kFine>(problem, plan, stream)
                 : launch_block<T, 8, WgmmaMode::kGeneral>(problem, plan, stream);
   }
   if (fine) return launch_block<T, 4, WgmmaMode::kFine>(problem, plan, stream);
-#endif
   if constexpr (std::is_same<T, Bf16>::value) {
     if (problem.scale_type == Dtype::kF16) {
       return launch_block<T, 4, WgmmaMode::kSplit>(problem, plan, stream);
@@ -74,10 +72,8 @@ cudaError_t launch_type(const Problem& problem, const WgmmaPlan& plan, cudaStrea
 
 cudaError_t launch_wgmma(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
   switch (problem.type) {
-#ifndef DEV
     case Dtype::kF16:
       return launch_type<F16>(problem, plan, stream);
-#endif
     case Dtype::kBf16:
       return launch_type<Bf16>(problem, plan, stream);
     default:

@@ -4,10 +4,12 @@
 // operand, taken from shared memory. A tile of the output is therefore computed transposed:
 // rows of the accumulator are output features, columns are rows of x.
 //
-//   warpgroup 0       one thread copies: per step of 64 along K, a box of kBlockM rows of x
-//   (the producer)    (128-byte swizzle, multicast to the blocks of the cluster that need the
-//                     same rows), the packed tiles of kBlockN output features, their scales and
-//                     zero points, all through tensor maps, `stages` steps ahead.
+//   warpgroup 0       one thread of each of three warps copies: boxes of kBlockM rows of x
+//   (128-byte (the producer)    swizzle, multicast to the blocks of the cluster that need the same
+//   rows), the
+//                     packed tiles of kBlockN output features, their scales and zero points, all
+//                     through tensor maps, as many stages of one or two steps of 64 along K ahead
+//                     as fit.
 //   the other         each owns 64 output features, in half of the steps where there are two for
 //   warpgroups        the same. While the tensor cores multiply one piece (16 along K), its warps
 //   (the consumers)   dequantize those after it.
@@ -18,8 +20,8 @@
 //
 // Shared memory:  | barriers, 1024 bytes | stage 0 | stage 1 | ... | staging |
 // In the staging are output tiles on their way, and before that sums on their way from warpgroup to
-// warpgroup. Where K is split it holds the sums that the other splits send, and the block's own
-// take the place of its stages.
+// warpgroup. Where K is split it holds the sums that the other splits send; the block's own, and
+// those from warpgroup to warpgroup, take the place of its stages.
 //
 // Rounding: (q - z) is exact, its product with the scale is rounded once to the type of x.
 #pragma once
@@ -59,8 +61,8 @@ constexpr int wgmma_producer_registers(int consumers) { return consumers == 2 ? 
 // Offsets in a stage, after the box of x.
 struct WgmmaStage {
   int codes, scales, zeros;
-  int transferred;  // bytes that arrive per step
-  int size;         // rounded up to the alignment of the swizzle
+  int parameters;  // bytes of scales and zero points
+  int size;        // of everything, rounded up to the alignment of the swizzle
 };
 
 constexpr WgmmaStage wgmma_stage(int block_n, int block_m, int bits, Dtype scale_type,
@@ -70,8 +72,8 @@ constexpr WgmmaStage wgmma_stage(int block_n, int block_m, int bits, Dtype scale
   stage.codes = block_m * k * 2;
   stage.scales = stage.codes + block_n * k * bits / 8;
   stage.zeros = stage.scales + block_n * group_rows * dtype_bytes(scale_type);
-  stage.transferred = stage.zeros + block_n * group_rows;
-  stage.size = ceil_div(stage.transferred, 1024) * 1024;
+  stage.parameters = stage.zeros + block_n * group_rows - stage.scales;
+  stage.size = ceil_div(stage.scales + stage.parameters, 1024) * 1024;
   return stage;
 }
 
@@ -96,7 +98,7 @@ struct WgmmaArguments {
   int clusters;  // launched
   int columns;   // 1 or 2
   int splits;
-  int stages;     // 0: the plan does not fit
+  int stages;     // fewer than 2: the plan does not fit
   bool y_mapped;  // y is written through its tensor map: n a multiple of 8 and no split
   Dtype scale_type;
   const float* bias;  // [n] or null
@@ -131,7 +133,7 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
   }
   args.m_tiles = ceil_div(problem.m, plan.block_m);
   args.n_tiles = ceil_div(problem.n, plan.block_n);
-  args.works = args.m_tiles * ceil_div(args.n_tiles, plan.columns);
+  args.works = wgmma_works(problem, plan);
   args.clusters = plan.clusters;
   args.columns = plan.columns;
   args.splits = plan.splits;
@@ -441,7 +443,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
   if (thread == 0) {
 #pragma unroll
     for (int i = 0; i < kWgmmaMaxStages; ++i) {
-      barrier_init(full(i), 1);
+      barrier_init(full(i), 2);
       barrier_init(empty(i), 4 * kConsumers * args.columns);
     }
     barrier_init(reduced, 1);
@@ -483,7 +485,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
                   steps * step_bytes(kBits));
       prefetch_l2(static_cast<const char*>(args.scales) +
                       parameter * (kTileN * dtype_bytes(args.scale_type)),
-                  kTileN * 2);
+                  kTileN * dtype_bytes(args.scale_type));
       prefetch_l2(static_cast<const char*>(args.zeros) + parameter * kTileN, kTileN);
     }
   }
@@ -491,7 +493,8 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
   if (warpgroup == 0) {
     registers_lower<wgmma_producer_registers(kConsumers)>();
     // Three warps issue copies, each through one elected lane: x, the codes, and the scales and
-    // zero points, which change with the group. The first also says how many bytes will arrive.
+    // zero points, which change with the group. The first and the third say how many bytes will
+    // arrive, and so that they have come to this stage.
     // The warps stay together around the elected lane: operands then sit in uniform registers, as
     // the copy instructions want them.
     const bool elected = elect_one();
@@ -511,8 +514,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
         barrier_wait(empty(stage), phase ^ 1);
         if (elected) {
           if (warp == 0) {
-            barrier_arrive_expect(full(stage),
-                                  parameters ? args.stage.transferred : args.stage.scales);
+            barrier_arrive_expect(full(stage), args.stage.scales);
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
               const uint32_t to = base + i * (kBlockM * 128);
@@ -526,9 +528,13 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           } else if (warp == 1) {
             copy_box(base + args.stage.codes, &code_map, full(stage), 0, step * (kBits / 4),
                      tile.n * kTiles);
-          } else if (parameters) {
-            copy_box(base + args.stage.scales, &scale_map, full(stage), 0, group, tile.n * kTiles);
-            copy_box(base + args.stage.zeros, &zero_map, full(stage), 0, group, tile.n * kTiles);
+          } else {
+            barrier_arrive_expect(full(stage), parameters ? args.stage.parameters : 0);
+            if (parameters) {
+              copy_box(base + args.stage.scales, &scale_map, full(stage), 0, group,
+                       tile.n * kTiles);
+              copy_box(base + args.stage.zeros, &zero_map, full(stage), 0, group, tile.n * kTiles);
+            }
           }
         }
         if (++stage == args.stages) {
@@ -596,6 +602,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
         return;
       }
       if (steps_left == 0) {
+        // One that begins in the second step of a stage is the second of its rows.
         load_group(own_step);
         steps_left = args.group_steps;
       }

@@ -1,4 +1,4 @@
-// Class B on sm_90a: what it can take, how a product is cut into blocks, its launch.
+// Class B on sm_90a: what it can take, and how a product is cut into blocks.
 #pragma once
 
 #include "plan.h"

@@ -41,7 +41,7 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   for (const Tile& tile : kTiles) {
     // Not half empty, and of the smallest only one: it reads the weight again for the next.
     if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > 32) continue;
-    // More parts of K do not leave the sums of the largest tile room in shared memory.
+    // Of the largest tile's sums those of three parts fit into shared memory; two are enough.
     const int most = tile.block_m == 256 ? 2 : kMaxClusterSplits;
     for (int splits = 1; splits <= most; ++splits) {
       WgmmaPlan plan{tile.block_n, tile.block_m, 1, splits, 0};

@@ -76,9 +76,8 @@ ffi::Error matmul(ffi::AnyBuffer x, ffi::Buffer<ffi::U32> codes, ffi::AnyBuffer 
       {operand("x", x), operand("codes", codes), operand("scales", scales), operand("zeros", zeros),
        operand("bias", bias), result("y", *y), result("workspace", *workspace)},
       "y", [&](const cuda::Device& device) {
-        if (!current.wgmma.empty()) {
-          cuda::WgmmaPlan plan{current.wgmma[0], current.wgmma[1], current.wgmma[2],
-                               current.wgmma[3]};
+        if (current.wgmma) {
+          cuda::WgmmaPlan plan = *current.wgmma;
           plan.clusters = cuda::wgmma_clusters(problem, plan, device.processors);
           return cuda::launch_wgmma(problem, plan, nullptr);
         }

@@ -1,9 +1,11 @@
 // The FFI handlers of the emulated kernels, and what the tests may set.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "../cuda/wgmma.h"
 #include "machine.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -12,8 +14,8 @@ namespace jax_gptq::emulator {
 struct Settings {
   Architecture architecture;
   uint64_t seed = 0;  // of the order of blocks, warps, lanes and copies
-  // Unless empty, every product is class B of sm_90a: block_n, block_m, columns and splits.
-  std::vector<int> wgmma = {};
+  // If given, every product is class B of sm_90a in this way; its `clusters` are not looked at.
+  std::optional<cuda::WgmmaPlan> wgmma = {};
 };
 
 void set(const Settings& settings);

@@ -345,15 +345,6 @@ const void* Machine::cluster_read(uint32_t mapped, size_t bytes, size_t alignmen
   return other.shared.data() + offset;
 }
 
-void* Machine::cluster_write(uint32_t mapped, size_t bytes, size_t alignment) {
-  Block& other = mapped_block(mapped);
-  const size_t offset =
-      shared_offset(mapped & ((1u << kRankShift) - 1), bytes, alignment, "write in the cluster");
-  const std::string problem = other.shared.write(offset, bytes, running_->observer);
-  if (!problem.empty()) fail(problem + " (in block " + std::to_string(other.index) + ")");
-  return other.shared.data() + offset;
-}
-
 const void* Machine::global_read(const void* pointer, size_t bytes, size_t alignment) {
   const Buffer* buffer = memory_.find(pointer, bytes);
   if (buffer == nullptr) {
@@ -387,11 +378,7 @@ void* Machine::global_write(void* pointer, size_t bytes, size_t alignment) {
 
 // ---- Barriers --------------------------------------------------------------------------------
 
-void Machine::barrier(int id, int threads) { join_barrier(id, threads, true); }
-
-void Machine::barrier_arrive(int id, int threads) { join_barrier(id, threads, false); }
-
-void Machine::join_barrier(int id, int threads, bool wait) {
+void Machine::barrier(int id, int threads) {
   if (id < 0 || id > 15 || threads % kWarp != 0 || threads > launch_.threads) {
     fail("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
   }
@@ -403,9 +390,9 @@ void Machine::join_barrier(int id, int threads, bool wait) {
          " threads, others with " + std::to_string(barrier.expected));
   }
   release_into(barrier.released);
-  if (wait) barrier.waiting.push_back(running_);
+  barrier.waiting.push_back(running_);
   if (++barrier.arrived < barrier.expected) {
-    if (wait) sleep(id == 0 ? "the block's barrier" : "a named barrier");
+    sleep(id == 0 ? "the block's barrier" : "a named barrier");
     return;
   }
   barrier.arrived = 0;

@@ -176,13 +176,11 @@ class Machine {
   const void* shared_read(uint32_t address, size_t bytes, size_t alignment);
   void* shared_write(uint32_t address, size_t bytes, size_t alignment);
   const void* cluster_read(uint32_t mapped, size_t bytes, size_t alignment);
-  void* cluster_write(uint32_t mapped, size_t bytes, size_t alignment);
   uint32_t cluster_map(uint32_t address, int rank);
   const void* global_read(const void* pointer, size_t bytes, size_t alignment);
   void* global_write(void* pointer, size_t bytes, size_t alignment);
 
   void barrier(int id, int threads);
-  void barrier_arrive(int id, int threads);
   void warp_barrier();
   void cluster_arrive(bool relaxed);
   void cluster_wait();
@@ -256,7 +254,6 @@ class Machine {
                  std::function<void(unsigned char*, const Observer&)> fill);
   Mbarrier& mbarrier_at(Block& block, size_t offset);
   void complete_if_due(Mbarrier& barrier);
-  void join_barrier(int id, int threads, bool wait);
 
   GlobalMemory& memory_;
   Architecture architecture_;

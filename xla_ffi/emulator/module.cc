@@ -25,11 +25,17 @@ NB_MODULE(_cuda_emulated, m) {
       "FFI target name -> handler.");
   m.def(
       "set",
-      [](int arch, int processors, uint64_t seed, std::vector<int> wgmma) {
-        if (!wgmma.empty() && wgmma.size() != 4) {
-          throw nb::value_error("wgmma: expected block_n, block_m, columns and splits");
+      [](int arch, int processors, uint64_t seed, const std::vector<int>& wgmma) {
+        jax_gptq::emulator::Settings settings{{arch, processors}, seed};
+        if (!wgmma.empty()) {
+          if (wgmma.size() != 4 || wgmma[2] < 1 || wgmma[2] > 2 || wgmma[3] < 1 ||
+              wgmma[2] * wgmma[3] > 8) {
+            throw nb::value_error(
+                "wgmma: expected block_n, block_m, columns (1 or 2) and splits, at most 8 blocks");
+          }
+          settings.wgmma = {wgmma[0], wgmma[1], wgmma[2], wgmma[3]};
         }
-        jax_gptq::emulator::set({{arch, processors}, seed, std::move(wgmma)});
+        jax_gptq::emulator::set(settings);
       },
       nb::arg("arch") = 80, nb::arg("processors") = 108, nb::arg("seed") = 0,
       nb::arg("wgmma") = std::vector<int>(),

@@ -20,9 +20,6 @@ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   machine->mbarrier_init(barrier, arrivals);
 }
 inline void barrier_init_fence() { machine->mbarrier_init_fence(); }
-inline void barrier_arrive(uint32_t barrier) {
-  machine->mbarrier_arrive(barrier, machine->own_rank(), 0);
-}
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   machine->mbarrier_arrive(barrier, machine->own_rank(), bytes);
 }
