@@ -86,6 +86,10 @@ def matmul(x, store, bias=None, x_permuted=False, backend="cuda-emulated"):
     return jax_gptq.gptq_matmul(x, store, backend, bias=bias, x_permuted=x_permuted)
 
 
+def scale_type(name):
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def setup(m, k, n, *, dtype="bfloat16", exact=False, bias=False, seed=0, **options):
     """(x, store, bias, float64 result)."""
     rng = np.random.default_rng([m, k, n, seed])
@@ -124,7 +128,7 @@ def case_setup(case, exact):
         group_size=case["group_size"],
         sym=case["zeros"] == "sym",
         g_idx=None if case["order"] == "sorted" else "random",
-        scale_dtype=np.dtype(getattr(ml_dtypes, case["scales"], case["scales"])),
+        scale_dtype=scale_type(case["scales"]),
     )
     permuted = case["order"] == "x_permuted" and store.perm is not None
     return x[:, store.perm] if permuted else x, store, bias, permuted, y
@@ -206,19 +210,9 @@ def test_every_plan_of_wgmma(block_n, block_m, columns, splits):
     first = (block_n // 128 + block_m // 32 + columns + splits) % len(FORMATS)
     for i, (m, k, n) in enumerate([(block_m // 2 + 1, 648, 640), (block_m + 9, 200, 650)]):
         dtype, bits, scales, group_size = FORMATS[(first + i) % len(FORMATS)]
-        scale_dtype = np.dtype(getattr(ml_dtypes, scales, scales))
+        options = {"bits": bits, "group_size": group_size, "scale_dtype": scale_type(scales)}
         emulated.set(arch=90, processors=2, seed=i, wgmma=plan)
-        x, store, bias, y = setup(
-            m,
-            k,
-            n,
-            dtype=dtype,
-            exact=True,
-            bias=True,
-            bits=bits,
-            group_size=group_size,
-            scale_dtype=scale_dtype,
-        )
+        x, store, bias, y = setup(m, k, n, dtype=dtype, exact=True, bias=True, **options)
         if block_m == 256 and splits > 3:  # its sums do not fit
             with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="CUDA error 9"):
                 matmul(x, store, bias).block_until_ready()
@@ -249,8 +243,7 @@ def test_a_row_does_not_depend_on_the_others(arch, rows, fewer, k, n):
 def test_every_weight_is_rounded_once(dtype, scales, bits, arch):
     """Unit vectors as rows of x: the output is the weight."""
     emulated.set(arch=arch)
-    scale_dtype = np.dtype(getattr(ml_dtypes, scales, scales))
-    _, store, _, _ = setup(1, 64, 130, bits=bits, scale_dtype=scale_dtype)
+    _, store, _, _ = setup(1, 64, 130, bits=bits, scale_dtype=scale_type(scales))
     weight = np.asarray(jax_gptq.dequantize(store.unpack())).astype(dtype)
     x = jnp.eye(64, dtype=dtype)
     np.testing.assert_array_equal(np.asarray(matmul(x, store)), weight)

@@ -26,6 +26,7 @@
 // Rounding: (q - z) is exact, its product with the scale is rounded once to the type of x.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "plan.h"
@@ -151,14 +152,11 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
     staging = (plan.splits - 1) * ceil_div(plan.block_m, plan.splits) * pitch;
   } else {
     const int tile = args.y_mapped ? plan.block_n * plan.block_m * 2 : 0;
-    staging = tile > exchange ? tile : exchange;
+    staging = std::max(tile, exchange);
   }
   const int room = kWgmmaSharedBytes - kWgmmaBarrierBytes - staging;
-  args.stages = room / args.stage.size;
-  if (args.stages > kWgmmaMaxStages) args.stages = kWgmmaMaxStages;
-  if (own_sums > room) args.stages = 0;
-  args.staging =
-      args.stages * args.stage.size > own_sums ? args.stages * args.stage.size : own_sums;
+  args.stages = own_sums > room ? 0 : std::min(room / args.stage.size, kWgmmaMaxStages);
+  args.staging = std::max(args.stages * args.stage.size, own_sums);
   args.shared_bytes = kWgmmaBarrierBytes + args.staging + staging;
   return args;
 }
@@ -479,14 +477,12 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     const int end = min(last_step, args.k_steps);
     const int steps = min(end - first_step, kFirst);
     if (lane < kTiles && tile < tiles_n(args.n) && steps > 0) {
-      const int64_t parameter = static_cast<int64_t>(tile) * args.groups + first_group;
-      prefetch_l2(static_cast<const char*>(args.codes) +
-                      (static_cast<int64_t>(tile) * args.k_steps + first_step) * step_bytes(kBits),
-                  steps * step_bytes(kBits));
-      prefetch_l2(static_cast<const char*>(args.scales) +
-                      parameter * (kTileN * dtype_bytes(args.scale_type)),
-                  kTileN * dtype_bytes(args.scale_type));
-      prefetch_l2(static_cast<const char*>(args.zeros) + parameter * kTileN, kTileN);
+      const int64_t code = lane_offset(kBits, args.k_steps, tile, first_step, 0, 0, 0);
+      const int64_t parameter = parameter_index(args.groups, first_group, tile * kTileN);
+      const int element = dtype_bytes(args.scale_type);
+      prefetch_l2(static_cast<const char*>(args.codes) + code, steps * step_bytes(kBits));
+      prefetch_l2(static_cast<const char*>(args.scales) + parameter * element, kTileN * element);
+      prefetch_l2(static_cast<const char*>(args.zeros) + parameter, kTileN);
     }
   }
 

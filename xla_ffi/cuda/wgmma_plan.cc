@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "wgmma.h"
 
 namespace jax_gptq::cuda {
@@ -37,7 +39,7 @@ double estimate(const Problem& problem, const WgmmaPlan& plan, double step, int 
 WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   const int processors = device.processors;
   WgmmaPlan best;
-  double least = 0.0;
+  double least = std::numeric_limits<double>::infinity();
   for (const Tile& tile : kTiles) {
     // Not half empty, and of the smallest only one: it reads the weight again for the next.
     if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > 32) continue;
@@ -53,9 +55,10 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
         break;
       }
       const double time = estimate(problem, plan, tile.step, processors);
-      if (best.block_n != 0 && time >= least) continue;
-      least = time;
-      best = plan;
+      if (time < least) {
+        least = time;
+        best = plan;
+      }
     }
   }
   best.clusters = wgmma_clusters(problem, best, processors);

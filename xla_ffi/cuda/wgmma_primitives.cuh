@@ -117,8 +117,7 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Asks for `bytes` of global memory, a multiple of 16 as the address is, to be in the L2 cache
-// soon.
+// Has `bytes` of global memory, a multiple of 16 as the address is, read into the L2 cache.
 __device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
