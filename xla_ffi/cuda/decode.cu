@@ -13,45 +13,43 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decode(DecodeArguments args
 using DecodeKernel = void (*)(DecodeArguments);
 
 template <class T, int kBits, int kSets>
-DecodeKernel choose(const Problem& p, bool digits) {
-  if (digits) {
-    return p.m > 2 ? decode<DigitProducts<T, kBits, 4, kSets>, kBits, kSets>
-                   : decode<DigitProducts<T, kBits, 2, kSets>, kBits, kSets>;
-  }
+DecodeKernel choose(const Problem& p) {
+  if (as_digits(p)) return decode<DigitProducts<T, kBits, kSets>, kBits, kSets>;
   return p.m > 8 ? decode<FloatProducts<T, kBits, 16, kSets>, kBits, kSets>
                  : decode<FloatProducts<T, kBits, 8, kSets>, kBits, kSets>;
 }
 
 template <class T, int kBits>
-DecodeKernel choose(const Problem& p, bool digits) {
+DecodeKernel choose(const Problem& p) {
   switch (parameter_sets(p)) {
     case 1:
-      return choose<T, kBits, 1>(p, digits);
+      return choose<T, kBits, 1>(p);
     case 2:
-      return choose<T, kBits, 2>(p, digits);
+      return choose<T, kBits, 2>(p);
     case 4:
-      return choose<T, kBits, 4>(p, digits);
+      return choose<T, kBits, 4>(p);
     default:
-      return choose<T, kBits, 8>(p, digits);
+      return choose<T, kBits, 8>(p);
   }
 }
 
 template <class T>
-DecodeKernel choose(const Problem& p, bool digits) {
-  return p.bits == 4 ? choose<T, 4>(p, digits) : choose<T, 8>(p, digits);
+DecodeKernel choose(const Problem& p) {
+  return p.bits == 4 ? choose<T, 4>(p) : choose<T, 8>(p);
 }
 
 }  // namespace
 
 cudaError_t launch_decode(const Problem& problem, const Plan& plan, void* workspace,
                           cudaStream_t stream) {
-  const bool digits = as_digits(problem, plan.device.shared_bytes);
   const DecodeKernel kernel =
-      problem.type == Dtype::kF16 ? choose<F16>(problem, digits) : choose<Bf16>(problem, digits);
+      problem.type == Dtype::kF16 ? choose<F16>(problem) : choose<Bf16>(problem);
   Grid grid = {};
   grid.grid = dim3(plan.grid);
   grid.threads = kDecodeThreads;
-  grid.cluster = plan.reduction == Reduction::kCluster ? plan.splits : 1;
+  grid.cluster = plan.reduction == Reduction::kCluster         ? plan.splits
+                 : shares_x(problem, plan.device, plan.splits) ? 2
+                                                               : 1;
   grid.shared_bytes = plan.shared_bytes;
   return launch(kernel, "decode", grid, stream, decode_arguments(problem, plan, workspace));
 }

@@ -10,9 +10,9 @@
 // These kernels take a few microseconds, so that their start and end count as much as their loop.
 // Memory serves requests in turn: x, which everything waits for, is asked for before the codes.
 //
-// What the tensor cores multiply is up to Products: few rows of x as digits (digits.cuh), more rows
-// as 16-bit floats (FloatProducts below). Parts of K are added in a fixed order: warps of a block,
-// then splits through the cluster's shared memory or, without clusters, by reduce.cuh.
+// What the tensor cores multiply is up to Products: one or two rows of x as digits (digits.cuh),
+// more rows as 16-bit floats (FloatProducts below). Parts of K are added in a fixed order: warps of
+// a block, then splits through the cluster's shared memory or, without clusters, by reduce.cuh.
 #pragma once
 
 #include "stage.cuh"
@@ -52,6 +52,39 @@ __device__ __forceinline__ void decode_copy_x(const DecodeArguments& args, const
     }
   }
   cp_async_commit();
+}
+
+// The same by a pair of blocks for both, the even rows by the first, the odd ones by the second.
+// `barrier` is the warp's own; where it has no part of K nothing is copied.
+__device__ __forceinline__ void decode_share_x(const DecodeArguments& args, const Run& run,
+                                               uint32_t barrier) {
+  const Problem& p = args.problem;
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_fence();
+  }
+  warp_sync();
+  cluster_arrive_relaxed();
+  cluster_wait();
+  if (run.units == 0) return;
+  const int k = run.first * kUnitK;
+  const int pieces = run.units * (kUnitK / 8);  // of 16 bytes, per row
+  const int inside = min(pieces, (p.k - k) / 8);
+  if (lane == 0) barrier_arrive_expect(barrier, p.m * inside * 16);
+  const int row = 2 * lane + cluster_rank();
+  if (row < p.m) {
+    copy_multicast(run.x + row * args.x_pitch,
+                   static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(row) * p.k + k,
+                   inside * 16, barrier, 3);
+  }
+#pragma unroll 1
+  for (int piece = inside + lane; piece < pieces; piece += 32) {
+#pragma unroll 1
+    for (int r = 0; r < p.m; ++r) {
+      st_shared(run.x + r * args.x_pitch + piece * 16, make_uint4(0, 0, 0, 0));
+    }
+  }
 }
 
 // y [row, n] from the sum over all of K.
@@ -134,6 +167,7 @@ template <class T, int kBits, int kColumns, int kSets>
 class FloatProducts {
  public:
   using Type = T;
+  static constexpr bool kMayShareX = true;
 
   __device__ __forceinline__ FloatProducts(const DecodeArguments& args, const Run& run)
       : problem_(args.problem), parameters_(args.problem.scale_type) {
@@ -241,7 +275,13 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   run.x = shared_base() + args.x + (run.first - block_first) * args.x_unit;
   const int steps = steps_k(p.k);
 
-  decode_copy_x(args, run, Products::x_to(run));
+  const uint32_t barrier = shared_base() + args.barriers + warp * 8;
+  const bool shares_x = Products::kMayShareX && args.shares_x;
+  if (shares_x) {
+    decode_share_x(args, run, barrier);
+  } else {
+    decode_copy_x(args, run, Products::x_to(run));
+  }
 
   // ---- The stream of codes and parameters ----
   // Lanes 8 i .. 8 i + 7 copy set i (and i + 4): up to four pieces of scales, then the zero points.
@@ -313,6 +353,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   } else {
     cp_async_wait<0>();
   }
+  if (shares_x && run.units > 0) barrier_wait(barrier, 0);
   warp_sync();  // This warp's x is there.
 
   Products products(args, run);

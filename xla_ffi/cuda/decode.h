@@ -41,15 +41,13 @@ constexpr int decode_ring_bytes(const Problem& p) {
 }
 constexpr int decode_strip_bytes(int m) { return m * kDecodeWarps * kSumsPitch * 4; }
 
-// Few rows of x become digits (digits.cuh): three or four only where those of four need no split of
-// K, and up to the K that was measured to gain.
+// One or two rows of x become digits (digits.cuh). More stay floats, and two blocks copy them for
+// each other, where nothing else makes clusters of the blocks and rows begin at whole pieces.
 constexpr int kDigits = 4;
 constexpr int kDigitBytes = kUnitK * kDigits;  // of a unit and row
-constexpr bool as_digits(const Problem& p, int shared_limit) {
-  const int rows = decode_rows(p.m);
-  const int bytes =
-      decode_ring_bytes(p) + decode_strip_bytes(rows) + rows * ceil_div(p.k, kUnitK) * kDigitBytes;
-  return rows <= 2 || (rows == 4 && p.k <= 8192 && bytes <= shared_limit);
+constexpr bool as_digits(const Problem& p) { return p.m <= 2; }
+constexpr bool shares_x(const Problem& p, const Device& device, int splits) {
+  return device.arch >= 90 && splits == 1 && !as_digits(p) && p.k % 8 == 0;
 }
 
 // Bytes between units of a row of x in shared memory, and between rows: of floats 16 modulo 128, so
@@ -65,16 +63,24 @@ struct Run {
   uint32_t x;  // where its part of the first row of x is in shared memory
 };
 
-// Shared memory: the rings, x for the longest split, the sums of every warp for `slots` strips (as
-// many as a block takes, or as fit: none if there is no room for one), and with clusters those of
-// the block.
+constexpr int decode_strips(const Problem& p) { return ceil_div(p.n, kFragmentN); }
+
+// Groups of blocks, each with all of K, where `resident` would run at once.
+constexpr int decode_groups(const Problem& p, const Device& device, int splits, int resident) {
+  const int groups = std::min(decode_strips(p), resident);
+  return shares_x(p, device, splits) ? std::min(groups + groups % 2, resident / 2 * 2) : groups;
+}
+
+// Shared memory: the rings, a barrier for every warp, x for the longest split, the sums of every
+// warp for `slots` strips (as many as a block takes, or as fit: none if there is no room for one),
+// and where splits are added through the cluster those of the block.
 struct DecodeShared {
-  int x, parts, slots, sums, size;
+  int barriers, x, parts, slots, sums, size;
 
   constexpr DecodeShared(const Problem& p, int splits, int rounds, bool cluster, int limit)
-      : x(decode_ring_bytes(p)),
-        parts(x +
-              p.m * decode_x_pitch(as_digits(p, limit), ceil_div(ceil_div(p.k, kUnitK), splits))),
+      : barriers(decode_ring_bytes(p)),
+        x(barriers + 8 * kDecodeWarps),
+        parts(x + p.m * decode_x_pitch(as_digits(p), ceil_div(ceil_div(p.k, kUnitK), splits))),
         slots(std::max(0, std::min(rounds, (limit - parts) / slot_bytes(p, cluster)))),
         sums(parts + slots * slot_bytes(p, false)),
         size(parts + slots * slot_bytes(p, cluster)) {}
@@ -93,10 +99,11 @@ struct DecodeArguments {
   int units;        // ceil(k / 128)
   int x_pitch;      // bytes between rows of x in shared memory
   int x_unit;       // and between units
-  Divisor rows;     // m
+  bool shares_x;
+  Divisor rows;  // m
   Divisor sets_per_group;
-  int x, parts, slots, sums;  // DecodeShared
-  float* partial;             // [splits][m][64 tiles_n(n)], with Reduction::kWorkspace
+  int barriers, x, parts, slots, sums;  // DecodeShared
+  float* partial;                       // [splits][m][64 tiles_n(n)], with Reduction::kWorkspace
 };
 
 constexpr int log2_of(int power) {
@@ -105,8 +112,6 @@ constexpr int log2_of(int power) {
   return log2;
 }
 
-constexpr int decode_strips(const Problem& p) { return ceil_div(p.n, kFragmentN); }
-
 inline DecodeArguments decode_arguments(const Problem& problem, const Plan& plan, void* workspace) {
   DecodeArguments args = {};
   args.problem = problem;
@@ -114,15 +119,17 @@ inline DecodeArguments decode_arguments(const Problem& problem, const Plan& plan
   args.splits_log2 = log2_of(plan.splits);
   args.strips = decode_strips(problem);
   args.units = ceil_div(problem.k, kUnitK);
-  const bool digits = as_digits(problem, plan.device.shared_bytes);
+  const bool digits = as_digits(problem);
   args.x_pitch = decode_x_pitch(digits, ceil_div(args.units, plan.splits));
   args.x_unit = decode_x_unit(digits);
+  args.shares_x = shares_x(problem, plan.device, plan.splits);
   args.rows = Divisor(problem.m);
   const int sets = parameter_sets(problem);
   args.sets_per_group =
       Divisor(problem.group_size < problem.k ? problem.group_size / (kUnitK / sets) : args.units);
   const DecodeShared shared(problem, plan.splits, ceil_div(args.strips, plan.grid / plan.splits),
                             plan.reduction == Reduction::kCluster, plan.device.shared_bytes);
+  args.barriers = shared.barriers;
   args.x = shared.x;
   args.parts = shared.parts;
   args.slots = shared.slots;

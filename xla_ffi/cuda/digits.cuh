@@ -1,11 +1,10 @@
-// Up to four rows of x for kernel A: products of integers.
+// One or two rows of x for kernel A: products of integers.
 //
 // A row becomes four balanced base-256 digits, in fixed point relative to the largest of its values
 // that a warp holds. Digits are bytes, and so are codes: the tensor cores multiply the codes as
 // they are, four to a word after one mask, by the digits, which are four of the eight columns of a
-// product. For one or two rows that is half of the instructions that 16-bit floats take. Zero
-// points are subtracted from the sums, with the sum of the digits, a product with ones; scales
-// apply in f32.
+// product. That is half of the instructions that 16-bit floats take. Zero points are subtracted
+// from the sums, with the sum of the digits, a product with ones; scales apply in f32.
 //
 // Error: the digits hold 30 bits below the largest |x| of a warp's part of K, so an output differs
 // by at most 2^-31 sum over parts of max |x| sum |W|, beside the rounding of f32 sums. A part that
@@ -83,16 +82,16 @@ __device__ __forceinline__ float multiply_plainly(const Problem& p, int row, int
   return sum + shuffle(sum, lane ^ kFragmentN);
 }
 
-// One lane's part of the products of a warp: the digits of up to kRows (2 or 4) rows, two to a
-// product.
+// One lane's part of the products of a warp.
 //
 // In shared memory the digits of a row have 16 bytes for every step of 64 along K, digit and
 // lane % 4: a word for each 16 along K, its bytes in the order of code_bytes. The row itself, as
 // copied, lies in the second half until digits take its place.
-template <class T, int kBits, int kRows, int kSets>
+template <class T, int kBits, int kSets>
 class DigitProducts {
  public:
   using Type = T;
+  static constexpr bool kMayShareX = false;
 
   __device__ __forceinline__ DigitProducts(const DecodeArguments& args, const Run& run)
       : problem_(args.problem), run_(run), parameters_(args.problem.scale_type) {
@@ -101,25 +100,20 @@ class DigitProducts {
     for (int row = 0; row < problem_.m; ++row) {
       const int exponent = write_digits(run.x + row * args.x_pitch);
       if (exponent == kNoDigits) plain_ |= 1 << row;
-#pragma unroll
-      for (int r = 0; r < kRight; ++r) {
-        if (row == lane_row(r)) exponent_[r] = exponent;
-      }
+      if (row == lane_row()) exponent_ = exponent;
     }
     warp_sync();
     // The lane holds column lane / 4 of the digits. Where there is no such row, any will do.
-    const int last = problem_.m - 1;
-    const int row = min(lane / 16, last);
+    const int row = min(lane / 16, problem_.m - 1);
     digits_ = run.x + row * args.x_pitch + (lane / 4 % kDigits * 4 + lane % 4) * 16;
-    to_next_ = (min(2 + lane / 16, last) - row) * args.x_pitch;
-    // Its sums are digits 2 (lane % 2) and the next of row lane_row(r).
+    // Its sums are digits 2 (lane % 2) and the next of row lane_row().
     partner_ = lane ^ 1;
     keep(partner_);
     place_ = lane % 2 == 0 ? 1.0f : 65536.0f;
-    to_sums_ = (lane_row(0) * kSumsPitch + lane / 4) * 4;
+    to_sums_ = (lane_row() * kSumsPitch + lane / 4) * 4;
     keep(to_sums_);
-    rows_ = lane % 2 == 0 ? problem_.m - lane_row(0) : 0;
-    keep(rows_);
+    writes_ = lane % 2 == 0 && lane_row() < problem_.m;
+    keep(writes_);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       ones_[i] = 0x01010101u;
@@ -134,37 +128,28 @@ class DigitProducts {
 
   __device__ __forceinline__ void begin_strip() {
 #pragma unroll
-    for (int r = 0; r < kRight; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total_[r][i] = 0.0f;
-    }
+    for (int i = 0; i < 4; ++i) total_[i] = 0.0f;
     unit_digits_ = digits_;
   }
 
   // Adds the next unit, whose codes are `words` and whose parameters are in the stage.
   __device__ __forceinline__ void add_unit(uint32_t stage, const uint32_t* words) {
-    uint32_t right[kRight][kUnitBlocks];
-#pragma unroll
-    for (int r = 0; r < kRight; ++r) {
-      load_words<kUnitBlocks / 4>(right[r], unit_digits_ + r * to_next_, kDigitBytes / 2);
-    }
+    uint32_t right[kUnitBlocks];
+    load_words<kUnitBlocks / 4>(right, unit_digits_, kDigitBytes / 2);
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
-      int sum[kRight][4] = {}, of_digits[kRight][4] = {};
+      int sum[4] = {}, of_digits[4] = {};
 #pragma unroll
       for (int j = set * kSetBlocks; j < (set + 1) * kSetBlocks; j += 2) {
         uint32_t a[4];
         code_bytes<kBits>(a[0], a[1], words + j * kBits / 4);
-        if constexpr (kSetBlocks > 1) code_bytes<kBits>(a[2], a[3], words + (j + 1) * kBits / 4);
-#pragma unroll
-        for (int r = 0; r < kRight; ++r) {
-          if constexpr (kSetBlocks > 1) {
-            mma_m16n8k32(sum[r], a, {right[r][j], right[r][j + 1]});
-            mma_m16n8k32(of_digits[r], ones_, {right[r][j], right[r][j + 1]});
-          } else {
-            mma_m16n8k16(sum[r], {a[0], a[1]}, right[r][j]);
-            mma_m16n8k16(of_digits[r], {ones_[0], ones_[1]}, right[r][j]);
-          }
+        if constexpr (kSetBlocks > 1) {
+          code_bytes<kBits>(a[2], a[3], words + (j + 1) * kBits / 4);
+          mma_m16n8k32(sum, a, {right[j], right[j + 1]});
+          mma_m16n8k32(of_digits, ones_, {right[j], right[j + 1]});
+        } else {
+          mma_m16n8k16(sum, {a[0], a[1]}, right[j]);
+          mma_m16n8k16(of_digits, {ones_[0], ones_[1]}, right[j]);
         }
       }
       const uint32_t at = stage + set * kSetBytes;
@@ -173,12 +158,9 @@ class DigitProducts {
         const float scale = parameters_.scale(at, i);
         const int zero = parameters_.zero(at, i) << (i == 1 ? kHighShift : 0);
 #pragma unroll
-        for (int r = 0; r < kRight; ++r) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int exact = sum[r][2 * i + j] - zero * of_digits[r][j];
-            total_[r][2 * i + j] = fmaf(scale, static_cast<float>(exact), total_[r][2 * i + j]);
-          }
+        for (int j = 0; j < 2; ++j) {
+          const int exact = sum[2 * i + j] - zero * of_digits[j];
+          total_[2 * i + j] = fmaf(scale, static_cast<float>(exact), total_[2 * i + j]);
         }
       }
     }
@@ -188,16 +170,11 @@ class DigitProducts {
   // Writes the warp's sums of the strip: [m][kSumsPitch] f32.
   __device__ __forceinline__ void store(int strip, uint32_t sums) const {
 #pragma unroll
-    for (int r = 0; r < kRight; ++r) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float value = fmaf(total_[r][2 * i + 1], 256.0f, total_[r][2 * i]) * place_;
-        value += shuffle(value, partner_);
-        value = scale_by_power(value, exponent_[r] - 30 - (i == 1 ? kHighShift : 0));
-        if (rows_ > 2 * r) {
-          st_shared(sums + to_sums_ + (2 * r * kSumsPitch + 8 * i) * 4, value);
-        }
-      }
+    for (int i = 0; i < 2; ++i) {
+      float value = fmaf(total_[2 * i + 1], 256.0f, total_[2 * i]) * place_;
+      value += shuffle(value, partner_);
+      value = scale_by_power(value, exponent_ - 30 - (i == 1 ? kHighShift : 0));
+      if (writes_) st_shared(sums + to_sums_ + 8 * i * 4, value);
     }
     if (plain_ == 0) return;
     warp_sync();
@@ -215,12 +192,10 @@ class DigitProducts {
  private:
   static constexpr int kSetBlocks = kUnitBlocks / kSets;
   static constexpr int kHighShift = kBits == 4 ? 4 : 0;  // of the second row (code_bytes)
-  static_assert(kRows == 2 || kRows == 4);
-  static constexpr int kRight = kRows / 2;  // right-hand fragments
   static constexpr int kNoDigits = 1 << 20;
 
-  // The row whose sums the lane holds in fragment r.
-  __device__ __forceinline__ static int lane_row(int r) { return 2 * r + threadIdx.x % 4 / 2; }
+  // The row whose sums the lane holds.
+  __device__ __forceinline__ static int lane_row() { return threadIdx.x % 4 / 2; }
 
   // Makes digits, at `to`, of the row that has been copied there. Returns the exponent e of the
   // fixed point, values being digits 2^(e - 30), or kNoDigits where the part must be multiplied in
@@ -232,7 +207,7 @@ class DigitProducts {
     const int steps = 2 * run_.units;
     uint32_t own2 = 0;  // the largest magnitudes of this lane, as bits of T
 #pragma unroll 1
-    for (uint32_t at = lane * 16; at < run_.units * (kUnitK * 2); at += 32 * 16) {
+    for (int at = lane * 16; at < run_.units * (kUnitK * 2); at += 32 * 16) {
       const uint4 v = ld_shared<uint4>(x + at);
       own2 = max_u16x2(own2, v.x & 0x7fff7fffu);
       own2 = max_u16x2(own2, v.y & 0x7fff7fffu);
@@ -290,13 +265,13 @@ class DigitProducts {
   const Problem& problem_;
   const Run& run_;
   StageParameters<kBits> parameters_;
-  uint32_t plain_ = 0;  // rows that have no digits
-  int partner_, rows_;  // a lane with the other digits; rows from lane_row(0) on, to be written
-  float place_;         // 1 or 256^2: what the lane's digits count
+  uint32_t plain_ = 0;    // rows that have no digits
+  int partner_, writes_;  // a lane with the other digits; whether this one writes sums
+  float place_;           // 1 or 256^2: what the lane's digits count
   uint32_t to_sums_;
-  int exponent_[kRight] = {};
-  uint32_t digits_, to_next_, unit_digits_, ones_[4];
-  float total_[kRight][4];
+  int exponent_ = 0;
+  uint32_t digits_, unit_digits_, ones_[4];
+  float total_[4];
 };
 
 }  // namespace jax_gptq::cuda

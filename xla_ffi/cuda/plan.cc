@@ -10,9 +10,6 @@ namespace jax_gptq::cuda {
 namespace {
 
 constexpr int kMaxWorkspaceSplits = 16;
-// Weights of up to this many elements have too few tiles for class B on sm_90a to be ahead of class
-// A from 9 rows on.
-constexpr int64_t kSmallWeight = 2048 * 2048;
 
 // Groups of `size` blocks (1, 2, 4 or 8), one block per multiprocessor, that are resident at once.
 // A cluster lies within a processing cluster, whose numbers of multiprocessors are uneven: an H200
@@ -20,6 +17,16 @@ constexpr int64_t kSmallWeight = 2048 * 2048;
 int resident_groups(int processors, int size, bool clusters) {
   if (clusters && size > 2) processors = processors * 10 / 11;
   return std::max(1, processors / size);
+}
+
+// Microseconds of 9 to 16 rows without a split of K, on sm_90a, less the start that WgmmaPlan's
+// estimate leaves out; fitted to measurements on an H100, see docs/h200_notes.md (2026-11-26,
+// fifth). Most of it is the strips of a block, times the units of a warp in each.
+double decode_estimate(const Problem& p, const Plan& plan) {
+  constexpr double kStart = -0.4, kCopy = 0.27 / 1024, kUnit = 1.0;
+  const int strips = ceil_div(decode_strips(p), plan.grid);
+  const int units = ceil_div(ceil_div(p.k, kUnitK), kDecodeWarps);
+  return kStart + kCopy * p.k + kUnit * strips * units;
 }
 
 bool partial_sums_fit(const Problem& p, int splits) {
@@ -36,7 +43,8 @@ Plan plan_decode(const Problem& problem, const Device& device) {
   for (int splits = 1; splits <= most && splits <= ceil_div(p.k, kUnitK); splits *= 2) {
     if (!clusters && splits > 1 && !partial_sums_fit(p, splits)) break;
     const int strips = decode_strips(p);
-    const int groups = std::min(strips, resident_groups(device.processors, splits, clusters));
+    const int groups =
+        decode_groups(p, device, splits, resident_groups(device.processors, splits, clusters));
     const bool cluster = clusters && splits > 1;
     const auto shared = [&](const Problem& q) {
       return DecodeShared(q, splits, ceil_div(strips, groups), cluster, device.shared_bytes);
@@ -84,10 +92,13 @@ Plan plan_mma(const Problem& p, const Device& device) {
 Plan make_plan(const Problem& p, const Device& device) {
   if (p.m == 0 || !supported(device)) return {};
   const bool wgmma = p.m > 8 && device.arch == 90 && wgmma_supported(p);
-  const bool small = int64_t{p.k} * p.n <= kSmallWeight;
-  if (p.m <= kDecodeRows && (small || !wgmma)) {
+  if (p.m <= kDecodeRows) {
     const Plan plan = plan_decode(p, device);
-    if (plan.kernel != Kernel::kNone) return plan;
+    if (plan.kernel != Kernel::kNone &&
+        (!wgmma ||
+         (plan.splits == 1 && decode_estimate(p, plan) < wgmma_plan(p, device).estimate))) {
+      return plan;
+    }
   }
   if (!wgmma) return plan_mma(p, device);
   Plan plan;

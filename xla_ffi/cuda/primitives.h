@@ -333,6 +333,12 @@ __device__ __forceinline__ void cluster_arrive() {
   JAX_GPTQ_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
 
+// As cluster_arrive, but orders no memory: for barriers after which nothing that this thread wrote
+// is read by others.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  JAX_GPTQ_CLUSTER_ASM("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
+}
+
 __device__ __forceinline__ void cluster_wait() {
   JAX_GPTQ_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory");
 }
@@ -352,6 +358,51 @@ __device__ __forceinline__ float ld_cluster<float>(uint32_t mapped) {
   float value = 0.0f;
   JAX_GPTQ_CLUSTER_ASM("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(mapped) : "memory");
   return value;
+}
+
+// ---- mbarrier (sm_90 and newer) ----------------------------------------------------------------
+// PTX ISA 8.0+, sections "Parallel Synchronization: mbarrier" and "Data Movement: cp.async.bulk".
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  JAX_GPTQ_CLUSTER_ASM("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// Makes barrier_init visible to the copy engine and to the other blocks of the cluster.
+__device__ __forceinline__ void barrier_init_fence() {
+  JAX_GPTQ_CLUSTER_ASM("fence.mbarrier_init.release.cluster;" :: : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  JAX_GPTQ_CLUSTER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                       "r"(bytes) : "memory");
+}
+
+// Arrives on a barrier of a block of the cluster, named by its cluster_map'ed address.
+__device__ __forceinline__ void barrier_arrive_cluster(uint32_t mapped) {
+  JAX_GPTQ_CLUSTER_ASM("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+}
+
+// Returns once the phase of parity `parity` has completed.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  JAX_GPTQ_CLUSTER_ASM(
+      "{\n\t.reg .pred done;\n\t"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@done bra ready;\n\t"
+      "bra again;\n\t"
+      "ready:\n\t}" ::"r"(barrier),
+      "r"(parity) : "memory");
+}
+
+// `bytes` of global memory into every block of the cluster whose bit is set in `blocks`, at the
+// same shared address, completing on each block's own barrier; everything is a multiple of 16
+// bytes.
+__device__ __forceinline__ void copy_multicast(uint32_t destination, const void* from,
+                                               uint32_t bytes, uint32_t barrier, uint16_t blocks) {
+  JAX_GPTQ_CLUSTER_ASM(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(destination),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(blocks) : "memory");
 }
 
 #undef JAX_GPTQ_CLUSTER_ASM

@@ -9,9 +9,10 @@ namespace jax_gptq::cuda {
 struct WgmmaPlan {
   int block_n = 0;  // 256 with block_m 32 or 64; 128 with block_m 32, 64, 128 or 256
   int block_m = 0;
-  int columns = 1;   // blocks of a cluster that share rows of x by multicast: 1 or 2
-  int splits = 1;    // blocks of a cluster that share an output tile, each with a part of k
-  int clusters = 0;  // clusters launched; each walks over output tiles if splits is 1
+  int columns = 1;      // blocks of a cluster that share rows of x by multicast: 1 or 2
+  int splits = 1;       // blocks of a cluster that share an output tile, each with a part of k
+  int clusters = 0;     // clusters launched; each walks over output tiles if splits is 1
+  double estimate = 0;  // microseconds, without a start that all plans have alike
 };
 
 // Clusters of `blocks` blocks, one block per multiprocessor, that are resident at once: what

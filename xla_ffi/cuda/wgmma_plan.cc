@@ -39,7 +39,7 @@ double estimate(const Problem& problem, const WgmmaPlan& plan, double step, int 
 WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   const int processors = device.processors;
   WgmmaPlan best;
-  double least = std::numeric_limits<double>::infinity();
+  best.estimate = std::numeric_limits<double>::infinity();
   for (const Tile& tile : kTiles) {
     // Not half empty, and of the smallest only one: it reads the weight again for the next.
     if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > 32) continue;
@@ -54,11 +54,8 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
            wgmma_works(problem, plan) > wgmma_resident_clusters(splits, processors))) {
         break;
       }
-      const double time = estimate(problem, plan, tile.step, processors);
-      if (time < least) {
-        least = time;
-        best = plan;
-      }
+      plan.estimate = estimate(problem, plan, tile.step, processors);
+      if (plan.estimate < best.estimate) best = plan;
     }
   }
   best.clusters = wgmma_clusters(problem, best, processors);

@@ -1,9 +1,8 @@
-// Device primitives that only sm_90a has: warpgroup matrix products, tensor-map copies,
-// cluster barriers and remote shared memory. Each is one PTX instruction (or one short wait
-// loop), so that the kernel in wgmma.cuh reads as plain C++.
+// Device primitives that only class B on sm_90a needs: warpgroup matrix products and tensor-map
+// copies. Each is one PTX instruction, so that the kernel in wgmma.cuh reads as plain C++.
 //
-// PTX ISA 8.0+, sections "Asynchronous Warpgroup Level Matrix Instructions", "Data Movement:
-// cp.async.bulk.tensor" and "Parallel Synchronization: mbarrier".
+// PTX ISA 8.0+, sections "Asynchronous Warpgroup Level Matrix Instructions" and "Data Movement:
+// cp.async.bulk.tensor".
 //
 // Barriers and tiles are named by their address in shared memory, as in primitives.h.
 #pragma once
@@ -32,48 +31,6 @@ __device__ __forceinline__ bool elect_one() {
       "@p mov.s32 %0, 1;\n\t}"
       : "+r"(elected));
   return elected != 0;
-}
-
-// ---- mbarrier -----------------------------------------------------------------------------
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-// Makes barrier_init visible to the copy engine and to the other blocks of the cluster.
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-// Arrives on a barrier of a block of the cluster, named by its cluster_map'ed address.
-__device__ __forceinline__ void barrier_arrive_cluster(uint32_t mapped) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
-}
-
-// Returns once the phase of parity `parity` has completed.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n\t.reg .pred done;\n\t"
-      "again:\n\t"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-      "@done bra ready;\n\t"
-      "bra again;\n\t"
-      "ready:\n\t}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// ---- Clusters ----------------------------------------------------------------------------
-
-// As cluster_arrive, but orders no memory: for barriers after which nothing that this thread wrote
-// is read by others.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 // ---- Tensor-map copies --------------------------------------------------------------------

@@ -615,6 +615,18 @@ void Machine::copy_box(uint32_t shared, const cuda::MapDescription& map, uint32_
   for (int rank : ranks) copy_bulk(rank, offset, barrier, bytes, fill);
 }
 
+void Machine::copy_multicast(uint32_t shared, const void* from, size_t bytes, uint32_t mbarrier,
+                             const std::vector<int>& ranks) {
+  const auto* data = static_cast<const unsigned char*>(global_read(from, bytes, 16));
+  const size_t offset = shared_offset(shared, bytes, 16, "bulk copy");
+  const size_t barrier = shared_offset(mbarrier, 8, 8, "mbarrier");
+  if (bytes % 16 != 0) fail("a bulk copy of " + std::to_string(bytes) + " bytes");
+  for (int rank : ranks) {
+    copy_bulk(rank, offset, barrier, bytes,
+              [=](unsigned char* to, const Observer&) { std::copy_n(data, bytes, to); });
+  }
+}
+
 void Machine::copy_to_block(uint32_t mapped, uint32_t source, size_t bytes,
                             uint32_t mapped_mbarrier) {
   if (mapped >> kRankShift != mapped_mbarrier >> kRankShift) {

@@ -199,6 +199,8 @@ class Machine {
   // offset of `shared` there.
   void copy_box(uint32_t shared, const cuda::MapDescription& map, uint32_t mbarrier,
                 std::array<int, 3> at, const std::vector<int>& ranks);
+  void copy_multicast(uint32_t shared, const void* from, size_t bytes, uint32_t mbarrier,
+                      const std::vector<int>& ranks);
   void copy_to_block(uint32_t mapped, uint32_t source, size_t bytes, uint32_t mapped_mbarrier);
   void store_box(const cuda::MapDescription& map, uint32_t shared, int x, int y);
   void store_commit();

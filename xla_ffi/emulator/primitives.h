@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "floats.h"
 #include "machine.h"
@@ -43,6 +44,15 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace jax_gptq::emulator {
+
+// The set bits.
+inline std::vector<int> ranks_of(uint16_t blocks) {
+  std::vector<int> ranks;
+  for (int rank = 0; rank < 16; ++rank) {
+    if (blocks >> rank & 1) ranks.push_back(rank);
+  }
+  return ranks;
+}
 
 inline dim3 thread_index() { return dim3(machine->thread().index, 0, 0); }
 
@@ -337,6 +347,7 @@ inline int cluster_index() {
   return static_cast<int>(machine->block_index().x) / machine->launched().cluster;
 }
 inline void cluster_arrive() { machine->cluster_arrive(false); }
+inline void cluster_arrive_relaxed() { machine->cluster_arrive(true); }
 inline void cluster_wait() { machine->cluster_wait(); }
 
 inline uint32_t cluster_map(uint32_t address, uint32_t rank) {
@@ -348,6 +359,25 @@ T ld_cluster(uint32_t mapped) {
   T value;
   std::memcpy(&value, machine->cluster_read(mapped, sizeof(T), sizeof(T)), sizeof(T));
   return value;
+}
+
+// ---- mbarrier --------------------------------------------------------------------------------
+
+inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  machine->mbarrier_init(barrier, arrivals);
+}
+inline void barrier_init_fence() { machine->mbarrier_init_fence(); }
+inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  machine->mbarrier_arrive(barrier, machine->own_rank(), bytes);
+}
+inline void barrier_arrive_cluster(uint32_t mapped) { machine->mbarrier_arrive_mapped(mapped); }
+inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+  machine->mbarrier_wait(barrier, parity);
+}
+
+inline void copy_multicast(uint32_t destination, const void* from, uint32_t bytes, uint32_t barrier,
+                           uint16_t blocks) {
+  machine->copy_multicast(destination, from, bytes, barrier, emulator::ranks_of(blocks));
 }
 
 }  // namespace jax_gptq::cuda

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "../cuda/tensor_map.h"
 #include "machine.h"
@@ -13,21 +12,6 @@ namespace jax_gptq::cuda {
 using TensorMap = MapDescription;
 
 inline bool elect_one() { return machine->elect_one(); }
-
-// ---- mbarrier --------------------------------------------------------------------------------
-
-inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  machine->mbarrier_init(barrier, arrivals);
-}
-inline void barrier_init_fence() { machine->mbarrier_init_fence(); }
-inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  machine->mbarrier_arrive(barrier, machine->own_rank(), bytes);
-}
-inline void barrier_arrive_cluster(uint32_t mapped) { machine->mbarrier_arrive_mapped(mapped); }
-inline void cluster_arrive_relaxed() { machine->cluster_arrive(true); }
-inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  machine->mbarrier_wait(barrier, parity);
-}
 
 // ---- Tensor-map copies -----------------------------------------------------------------------
 
@@ -60,11 +44,7 @@ inline void copy_box(uint32_t destination, const TensorMap* map, uint32_t barrie
 }
 inline void copy_box_multicast(uint32_t destination, const TensorMap* map, uint32_t barrier, int x,
                                int y, uint16_t blocks) {
-  std::vector<int> ranks;
-  for (int rank = 0; rank < 16; ++rank) {
-    if (blocks >> rank & 1) ranks.push_back(rank);
-  }
-  machine->copy_box(destination, *map, barrier, {x, y, 0}, ranks);
+  machine->copy_box(destination, *map, barrier, {x, y, 0}, emulator::ranks_of(blocks));
 }
 inline void copy_to_block(uint32_t mapped, uint32_t source, uint32_t bytes,
                           uint32_t mapped_barrier) {

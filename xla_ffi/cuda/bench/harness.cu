@@ -389,7 +389,8 @@ std::vector<Variant> variants(const Problem& problem) {
     for (int splits : {1, 2, 4, 8}) {
       if (splits > ceil_div(problem.k, kUnitK)) continue;
       const int strips = decode_strips(problem);
-      const int groups = std::min(strips, multiprocessors() * (splits > 2 ? 10 : 11) / 11 / splits);
+      const int groups = decode_groups(problem, device(), splits,
+                                       multiprocessors() * (splits > 2 ? 10 : 11) / 11 / splits);
       const DecodeShared shared(problem, splits, ceil_div(strips, groups), splits > 1,
                                 kSharedBytes);
       if (shared.slots == 0) continue;
