@@ -55,17 +55,12 @@ __device__ __forceinline__ void decode_copy_x(const DecodeArguments& args, const
 }
 
 // The same by a pair of blocks for both, the even rows by the first, the odd ones by the second.
-// `barrier` is the warp's own; where it has no part of K nothing is copied.
+// `barrier` is the warp's own, where it has a part of K. Both blocks have arrived at the cluster's
+// barrier once theirs were there.
 __device__ __forceinline__ void decode_share_x(const DecodeArguments& args, const Run& run,
                                                uint32_t barrier) {
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  if (lane == 0) {
-    barrier_init(barrier, 1);
-    barrier_init_fence();
-  }
-  warp_sync();
-  cluster_arrive_relaxed();
   cluster_wait();
   if (run.units == 0) return;
   const int k = run.first * kUnitK;
@@ -263,6 +258,16 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
+  const uint32_t barrier = shared_base() + args.barriers + warp * 8;
+  const bool shares_x = Products::kMayShareX && args.shares_x;
+  if (shares_x) {
+    if (lane == 0) {
+      barrier_init(barrier, 1);
+      barrier_init_fence();
+    }
+    warp_sync();
+    cluster_arrive_relaxed();
+  }
   const int split = blockIdx.x & ((1 << args.splits_log2) - 1);
   const int first_strip = blockIdx.x >> args.splits_log2;
   const int stride = gridDim.x >> args.splits_log2;
@@ -275,8 +280,6 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   run.x = shared_base() + args.x + (run.first - block_first) * args.x_unit;
   const int steps = steps_k(p.k);
 
-  const uint32_t barrier = shared_base() + args.barriers + warp * 8;
-  const bool shares_x = Products::kMayShareX && args.shares_x;
   if (shares_x) {
     decode_share_x(args, run, barrier);
   } else {

@@ -23,7 +23,7 @@ int resident_groups(int processors, int size, bool clusters) {
 // estimate leaves out; fitted to measurements on an H100, see docs/h200_notes.md (2026-11-26,
 // fifth). Most of it is the strips of a block, times the units of a warp in each.
 double decode_estimate(const Problem& p, const Plan& plan) {
-  constexpr double kStart = -0.4, kCopy = 0.27 / 1024, kUnit = 1.0;
+  constexpr double kStart = -0.5, kCopy = 0.27 / 1024, kUnit = 0.95;
   const int strips = ceil_div(decode_strips(p), plan.grid);
   const int units = ceil_div(ceil_div(p.k, kUnitK), kDecodeWarps);
   return kStart + kCopy * p.k + kUnit * strips * units;
