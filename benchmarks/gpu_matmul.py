@@ -221,7 +221,7 @@ def measure(k: int, n: int, rows: list[int], seconds: float) -> list[dict]:
         return jax_gptq.gptq_matmul(x, store, backend="cuda")
 
     def class_c(x, store):
-        return store._dequantize_then_dot(x, None, "cuda")
+        return store._dequantize_then_dot(x, None, "cuda", x.dtype)
 
     results = []
     for m in rows:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from jax_gptq import ffi
 from jax_gptq.errors import BackendError, DtypeError, ShapeError
@@ -29,6 +30,7 @@ def gptq_matmul(
     bias: Array | None = None,
     activations: str | None = None,
     x_permuted: bool = False,
+    preferred_element_type: DTypeLike | None = None,
 ) -> Array:
     """x @ W + bias, where W is a quantized weight.
 
@@ -53,9 +55,11 @@ def gptq_matmul(
       activations: None, or "int8" to permit kernels that round x to int8 (relative error about
         5e-3); a backend without such a kernel computes exactly, unless it was named.
       x_permuted: the columns of x are already in the order of the store's `perm`.
+      preferred_element_type: float32: the sums of 16-bit x are not rounded to its dtype; None: they
+        are.
 
     Returns:
-      [..., N] in x's dtype.
+      [..., N] in `preferred_element_type` or x's dtype.
 
     Raises:
       ShapeError, DtypeError: x or bias does not fit the weight.
@@ -63,22 +67,38 @@ def gptq_matmul(
     """
     x, bias = _check_operands(x, store, bias, activations, x_permuted)
     _check_backend(x, store, backend, activations)
+    dtypes = x.dtype, _out_dtype(x, preferred_element_type)
     operands = _match_varying((x, store, bias))
     lead = x.shape[:-1]
     rows = operands[0].reshape(math.prod(lead), store.in_features)
-    y = _apply(backend, activations, x_permuted, rows, *operands[1:])
+    y = _apply(backend, activations, x_permuted, dtypes, rows, *operands[1:])
     return y.reshape(*lead, store.out_features)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _apply(backend, activations, x_permuted, x, store, bias):
-    return _differentiable(backend, activations, x_permuted)(x, store, bias)
+def _out_dtype(x: Array, preferred: DTypeLike | None) -> jnp.dtype:
+    dtype = x.dtype if preferred is None else jnp.dtype(preferred)
+    if dtype not in (x.dtype, jnp.float32):
+        raise DtypeError(
+            f"gptq_matmul: preferred_element_type: expected float32 or x's {x.dtype}, found {dtype}"
+        )
+    return dtype
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def _apply(backend, activations, x_permuted, dtypes, x, store, bias):
+    return _differentiable(backend, activations, x_permuted, dtypes)(x, store, bias)
 
 
 @functools.cache
-def _differentiable(backend: str | None, activations: str | None, x_permuted: bool) -> Callable:
-    """custom_vjp(custom_vmap(dispatch)) for one choice of options."""
-    forward = _batchable(backend, activations, x_permuted)
+def _differentiable(
+    backend: str | None,
+    activations: str | None,
+    x_permuted: bool,
+    dtypes: tuple[jnp.dtype, jnp.dtype],
+) -> Callable:
+    """custom_vjp(custom_vmap(dispatch)) for one choice of options; dtypes of x and the result."""
+    x_dtype, out_dtype = dtypes
+    forward = _batchable(backend, activations, x_permuted, out_dtype)
 
     @jax.custom_vjp
     def matmul(x, store, bias):
@@ -93,9 +113,8 @@ def _differentiable(backend: str | None, activations: str | None, x_permuted: bo
 
     def bwd(residuals, dy):
         x, store, bias = residuals
-        dtype = dy.dtype  # also x's
         if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-            dy = jnp.zeros(dy.shape, dtype)
+            dy = jnp.zeros(dy.shape, dy.dtype)
         # Linear in x: where x was not kept, any x gives the same dx.
         like_x = (dy.shape[0], store.in_features)
         at = jnp.zeros(like_x, jnp.float32) if x is None else x.astype(jnp.float32)
@@ -114,7 +133,7 @@ def _differentiable(backend: str | None, activations: str | None, x_permuted: bo
         else:
             dstore = jax.tree.unflatten(tree, _merge(floats, dfloats, [None] * len(leaves)))
         dbias = None if bias is None else dy.sum(0).astype(bias.dtype)
-        return dx.astype(dtype), dstore, dbias
+        return dx.astype(x_dtype), dstore, dbias
 
     matmul.defvjp(fwd, bwd, symbolic_zeros=True)
     return matmul
@@ -127,12 +146,14 @@ def _merge(flags: list[bool], chosen: list, others: list) -> list:
 
 
 @functools.cache
-def _batchable(backend: str | None, activations: str | None, x_permuted: bool) -> Callable:
+def _batchable(
+    backend: str | None, activations: str | None, x_permuted: bool, out_dtype: jnp.dtype
+) -> Callable:
     """The dispatch with a batching rule that never copies a shared weight per batch element."""
 
     @jax.custom_batching.custom_vmap
     def matmul(x, store, bias):
-        return _dispatch(backend, activations, x_permuted, x, store, bias)
+        return _dispatch(backend, activations, x_permuted, out_dtype, x, store, bias)
 
     @matmul.def_vmap
     def _(axis_size, in_batched, *operands):
@@ -151,10 +172,14 @@ def _batchable(backend: str | None, activations: str | None, x_permuted: bool) -
     return matmul
 
 
-def _dispatch(backend, activations, x_permuted, x, store, bias) -> Array:
+def _dispatch(backend, activations, x_permuted, out_dtype, x, store, bias) -> Array:
     """One [M, K] @ [K, N]: the kernel of the store, or the reference."""
+
+    def reference(x, store, bias):
+        return _reference(x.astype(out_dtype), store, bias, x_permuted)
+
     if backend == "reference" or not isinstance(store, PackedStore):
-        return _reference(x, store, bias, x_permuted)
+        return reference(x, store, bias)
     if backend is None and activations and store.supports(x.dtype, activations):
         activations = None  # permission to be less accurate is not an order
     kernel = functools.partial(
@@ -162,16 +187,17 @@ def _dispatch(backend, activations, x_permuted, x, store, bias) -> Array:
         backend=backend or store.platform,
         activations=activations,
         x_permuted=x_permuted,
+        out_dtype=out_dtype,
     )
     if backend is not None:
         return kernel(store, x, bias)
     if not ffi.has(store.platform) or store.supports(x.dtype, activations):
-        return _reference(x, store, bias, x_permuted)
+        return reference(x, store, bias)
     return jax.lax.platform_dependent(
         x,
         store,
         bias,
-        default=lambda x, store, bias: _reference(x, store, bias, x_permuted),
+        default=reference,
         **{store.platform: lambda x, store, bias: kernel(store, x, bias)},
     )
 

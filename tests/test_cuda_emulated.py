@@ -81,9 +81,11 @@ def default_device():
     emulated.set()
 
 
-@functools.partial(jax.jit, static_argnames=("x_permuted", "backend"))
-def matmul(x, store, bias=None, x_permuted=False, backend="cuda-emulated"):
-    return jax_gptq.gptq_matmul(x, store, backend, bias=bias, x_permuted=x_permuted)
+@functools.partial(jax.jit, static_argnames=("x_permuted", "backend", "out"))
+def matmul(x, store, bias=None, x_permuted=False, backend="cuda-emulated", out=None):
+    return jax_gptq.gptq_matmul(
+        x, store, backend, bias=bias, x_permuted=x_permuted, preferred_element_type=out
+    )
 
 
 def scale_type(name):
@@ -191,6 +193,21 @@ def test_same_bits_in_any_order(kernel, dtype, bits):
     assert rel_error(results[0], y) < BOUNDS[dtype]["decode" not in launches]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_sums_in_float32(kernel, dtype):
+    """What of decode is rounded at all, then, is the f32 sums; of the others, each weight."""
+    arch, processors, shape, launches = KERNELS[kernel]
+    emulated.set(arch=arch, processors=processors)
+    x, store, bias, y = setup(*shape, dtype=dtype, bias=True)
+    found = matmul(x, store, bias, out="float32")
+    assert emulated.launches() == launches
+    assert found.dtype == jnp.float32
+    weight_rounding = {"bfloat16": 2e-3, "float16": 2.6e-4}[dtype]
+    assert rel_error(found, y) < (2e-6 if "decode" in launches else weight_rounding)
+    np.testing.assert_array_equal(found.astype(dtype), matmul(x, store, bias))
+
+
 # dtype, bits, dtype of the scales, group_size.
 FORMATS = [
     ("bfloat16", 4, "bfloat16", 128),
@@ -223,6 +240,8 @@ def test_every_plan_of_wgmma(block_n, block_m, columns, splits):
         found = np.asarray(matmul(x, store, bias))
         assert emulated.launches() == ["wgmma"]
         np.testing.assert_array_equal(found, y.astype(found.dtype))
+        sums = np.asarray(matmul(x, store, bias, out="float32"))
+        np.testing.assert_array_equal(sums, y.astype(np.float32))
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -1,5 +1,7 @@
 """The CUDA kernels on a GPU, against float64: run where there is one and the module was built."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +20,9 @@ pytestmark = pytest.mark.skipif(
 LIMIT = {"bfloat16": 5e-3, "float16": 6e-4}
 
 
-@jax.jit
-def matmul(x, store, bias=None):
-    return jax_gptq.gptq_matmul(x, store, "cuda", bias=bias)
+@functools.partial(jax.jit, static_argnames="out")
+def matmul(x, store, bias=None, out=None):
+    return jax_gptq.gptq_matmul(x, store, "cuda", bias=bias, preferred_element_type=out)
 
 
 def rows(rng, m, k, dtype):
@@ -71,9 +73,11 @@ def test_small_integers_are_exact(m):
     rng = np.random.default_rng(m)
     weight, matrix = random_weight(rng, 256, 256, exact=True, group_size=64)
     x = jnp.asarray(rng.integers(-1, 2, (m, 256)), "float16")
-    found = matmul(x, jax_gptq.prepare(weight, layout="cuda"))
+    store = jax_gptq.prepare(weight, layout="cuda")
     expected = double(x) @ matrix
-    np.testing.assert_array_equal(np.asarray(found), expected.astype(np.float16))
+    np.testing.assert_array_equal(np.asarray(matmul(x, store)), expected.astype(np.float16))
+    sums = matmul(x, store, out="float32")
+    np.testing.assert_array_equal(np.asarray(sums), expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("m", [1, 2, 4, 16, 64, 256])

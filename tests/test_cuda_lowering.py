@@ -1,6 +1,7 @@
 """On a host without a GPU, and without the compiled module, every CUDA kernel still lowers."""
 
 import re
+import types
 
 import jax
 import jax.export
@@ -11,6 +12,8 @@ from oracle import random_weight, rel_error
 
 import jax_gptq
 from jax_gptq import ffi
+from jax_gptq.linear import GptqLinear
+from jax_gptq.models.layers import QuantizedLinear, head_logits
 from jax_gptq.stores.cuda import WORKSPACE_BYTES
 from jax_gptq.stores.cuda_crossover import dequantize_from_rows
 
@@ -72,6 +75,17 @@ def test_custom_calls(kernel, dtype, bits, backend, monkeypatch):
         assert target == "jax_gptq.cuda.matmul.v1"
         assert operands == [f"{m}x{k}x{dtype}", *weight, f"{n}xf32"]
         assert results == [f"{m}x{n}x{dtype}", f"{WORKSPACE_BYTES}xui8"]
+
+
+def test_a_quantized_head_runs_as_a_kernel_with_float32_results(monkeypatch):
+    monkeypatch.setattr(ffi, "has", lambda module: True)
+    head = QuantizedLinear.from_linear(GptqLinear(setup(128, 192)[0]))
+    config = types.SimpleNamespace(logits_softcap=None)
+    logits = jax.jit(lambda x: head_logits(config, head, x))
+    traced = logits.trace(jax.ShapeDtypeStruct((2, 128), jnp.bfloat16))
+    [(target, operands, results, _)] = calls(traced.lower(lowering_platforms=("cuda",)).as_text())
+    assert target == "jax_gptq.cuda.matmul.v1" and operands[0] == "2x128xbf16"
+    assert results[0] == "2x192xf32"
 
 
 def test_no_bias_is_an_empty_operand():

@@ -68,6 +68,23 @@ def test_bias_is_added_before_the_rounding(layout):
     assert rel_error(y, exact) < 2.5e-3  # one rounding: half of 2^-8 at most
 
 
+@pytest.mark.parametrize("dtype", BOUND)
+def test_float32_results(layout, dtype):
+    store, w, x = setup(layout, lead=(2, 3), dtype=dtype)
+    bias = jnp.asarray(np.random.default_rng(2).standard_normal(64), jnp.float32)
+
+    def sums(x):
+        return jax_gptq.gptq_matmul(x, store, bias=bias, preferred_element_type=jnp.float32)
+
+    exact = np.asarray(x, np.float64) @ w + np.asarray(bias)
+    for y in (sums(x), jax.jit(jax.vmap(sums))(x)):
+        assert y.dtype == jnp.float32
+        assert rel_error(y, exact) < BOUND["float32"]
+    dx = jax.grad(lambda x: (sums(x) ** 2).sum())(x)
+    assert dx.dtype == dtype
+    assert rel_error(dx, 2 * exact @ w.T) < BOUND[dtype]
+
+
 def test_same_bits_again(layout):
     store, _, x = setup(layout, 256, 130, lead=(9,))
     f = jax.jit(jax_gptq.gptq_matmul)
@@ -269,6 +286,8 @@ def test_wrong_arguments():
         f(x, store, bias=np.ones(63, np.float32))
     with pytest.raises(errors.DtypeError, match="bias: expected a float"):
         f(x, store, bias=np.ones(64, int))
+    with pytest.raises(errors.DtypeError, match="preferred_element_type: expected float32"):
+        f(x, store, preferred_element_type=jnp.bfloat16)
     with pytest.raises(errors.DtypeError, match="store: expected a GptqWeight"):
         f(x, np.ones((128, 64)))
     with pytest.raises(errors.BackendError, match=r"metal.*unsupported.*reference"):

@@ -163,7 +163,16 @@ def activate(name: str, x: Array) -> Array:
 
 def head_logits(config: DecoderConfig, head: Any, x: Array) -> Array:
     """x [..., hidden_size] -> f32 [..., vocab_size] through a table or a quantized head."""
-    y = head.logits(x) if isinstance(head, Embedding) else head(x.astype(jnp.float32))
+    if isinstance(head, Embedding):
+        y = head.logits(x)
+    else:
+        y = gptq_matmul(
+            x,
+            head.weight.get_value(),
+            bias=None if head.bias is None else head.bias[...],
+            activations=head.activations,
+            preferred_element_type=jnp.float32,
+        )
     if config.logits_softcap is None:
         return y
     return config.logits_softcap * jnp.tanh(y / config.logits_softcap)

@@ -164,8 +164,9 @@ class CpuStore:
         backend: str = "cpu",
         activations: str | None = None,
         x_permuted: bool = False,
+        out_dtype: DTypeLike,
     ) -> Array:
-        """x [M, K] @ W + bias -> [M, N] in x's dtype, by the native kernel.
+        """x [M, K] @ W + bias -> [M, N] in `out_dtype`, by the native kernel, as if x had it.
 
         x in blocks of at most 128 rows of one group is written as fixed point, a power of two
         times a sum of int8 digits in base 256: three for float32 and float16 (integers below 2**22
@@ -186,6 +187,7 @@ class CpuStore:
         widened once for all rows, to the same integers).
         """
         del backend  # There is one.
+        x = x.astype(out_dtype)
         empty = jnp.zeros(0, jnp.int32)
         gathered = self.perm is not None and not x_permuted
         call = jax.ffi.ffi_call(

@@ -164,28 +164,29 @@ class CudaStore:
         backend: str = "cuda",
         activations: str | None = None,
         x_permuted: bool = False,
+        out_dtype: DTypeLike,
     ) -> Array:
-        """x [M, K] @ W + bias -> [M, N] in x's dtype, by the CUDA kernels.
+        """x [M, K] @ W + bias -> [M, N] in x's dtype or f32, by the CUDA kernels.
 
         At M <= 8 (on GPUs other than Hopper 16, on Hopper where K is short) the exact integers
-        q - z are multiplied and the scales apply to f32 sums, so that the output is rounded once.
-        Above, each weight is rounded once to x's dtype, and the result stays within 2.5 times the
-        output rounding (5e-3 bfloat16, 6e-4 float16). The handler chooses from the buffer's shape;
-        where M is a Python int and large (`cuda_crossover.dequantize_from_rows`), the weight is
-        dequantized by a kernel and XLA multiplies. Row i of a batch has the same bits at M = 3 and
-        4, at M = 5 to 8 and at M = 9 to 16; otherwise, where the cuts of K change with M, it is as
-        accurate.
+        q - z are multiplied and the scales apply to f32 sums, so that a 16-bit output is rounded
+        once. Above, each weight is rounded once to x's dtype, and the result stays within 2.5 times
+        the output rounding (5e-3 bfloat16, 6e-4 float16). The handler chooses from the buffer's
+        shape; where M is a Python int and large (`cuda_crossover.dequantize_from_rows`), the weight
+        is dequantized by a kernel and XLA multiplies. Row i of a batch has the same bits at M = 3
+        and 4, at M = 5 to 8 and at M = 9 to 16; otherwise, where the cuts of K change with M, it is
+        as accurate.
         """
         del activations  # There is one mode.
         if self.perm is not None and not x_permuted:
             x = jnp.take(x, self.perm, axis=1)
         rows, k, n = x.shape[0], self.in_features, self.out_features
         if isinstance(rows, int) and rows >= dequantize_from_rows(k, n):
-            return self._dequantize_then_dot(x, bias, backend)
+            return self._dequantize_then_dot(x, bias, backend, out_dtype)
         y, _ = jax.ffi.ffi_call(
             target(backend, "matmul"),
             (
-                ffi.result_type((rows, n), x.dtype, like=x),
+                ffi.result_type((rows, n), out_dtype, like=x),
                 ffi.result_type((WORKSPACE_BYTES,), jnp.uint8, like=x),
             ),
         )(
@@ -199,7 +200,9 @@ class CudaStore:
         )
         return y
 
-    def _dequantize_then_dot(self, x: Array, bias: Array | None, backend: str) -> Array:
+    def _dequantize_then_dot(
+        self, x: Array, bias: Array | None, backend: str, out_dtype: DTypeLike
+    ) -> Array:
         """The weight as [N, K] in x's dtype, each value rounded once, and XLA's product."""
         transposed = jax.ffi.ffi_call(
             target(backend, "dequantize"),
@@ -216,9 +219,9 @@ class CudaStore:
             x,
             transposed,
             (((1,), (1,)), ((), ())),
-            preferred_element_type=x.dtype if bias is None else jnp.float32,
+            preferred_element_type=out_dtype if bias is None else jnp.float32,
         )
-        return y if bias is None else (y + bias.astype(jnp.float32)).astype(x.dtype)
+        return y if bias is None else (y + bias.astype(jnp.float32)).astype(out_dtype)
 
 
 def _held_bits(bits: int) -> int:

@@ -58,5 +58,6 @@ class PackedStore(Protocol):
         backend: str,
         activations: str | None,
         x_permuted: bool,
+        out_dtype: DTypeLike,
     ) -> Array:
-        """The kernel on x [M, K] -> [M, N] in x's dtype: emits `jax.ffi.ffi_call`, nothing else."""
+        """The kernel on x [M, K] -> [M, N] in x's dtype or f32: `jax.ffi.ffi_call`, little else."""

@@ -93,9 +93,10 @@ inline ffi::Error fill_matmul(ffi::AnyBuffer x, ffi::Buffer<ffi::U32> codes, ffi
   if (std::max({x_shape[0], x_shape[1], y_shape[1]}) > std::numeric_limits<int32_t>::max() / 2) {
     return invalid("M, N and K must be below 2^30");
   }
+  problem->y_f32 = y.element_type() == ffi::F32;
   if (!to_dtype(x.element_type(), &problem->type) || problem->type == Dtype::kF32 ||
-      y.element_type() != x.element_type()) {
-    return invalid("x and y must both be f16 or bf16");
+      (!problem->y_f32 && y.element_type() != x.element_type())) {
+    return invalid("x must be f16 or bf16, and y of its type or f32");
   }
   problem->m = static_cast<int>(x_shape[0]);
   problem->k = static_cast<int>(x_shape[1]);

@@ -15,6 +15,7 @@
 // a block, then splits through the cluster's shared memory or, without clusters, by reduce.cuh.
 #pragma once
 
+#include "output.cuh"
 #include "stage.cuh"
 
 namespace jax_gptq::cuda {
@@ -86,7 +87,7 @@ __device__ __forceinline__ void decode_share_x(const DecodeArguments& args, cons
 template <class T>
 __device__ __forceinline__ void decode_write(const Problem& p, int row, int n, float sum) {
   if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
-  st_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(row) * p.n + n, from_float<T>(sum));
+  store_output<T>(p.y, p.y_f32, static_cast<int64_t>(row) * p.n + n, sum);
 }
 
 // Adds up the sums of `slots` strips from `first_strip` on, every `stride`-th: warps in order, then

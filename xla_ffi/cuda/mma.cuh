@@ -9,6 +9,7 @@
 
 #include "fragment.cuh"
 #include "mma.h"
+#include "output.cuh"
 
 namespace jax_gptq::cuda {
 
@@ -259,8 +260,7 @@ __device__ __forceinline__ void mma_block(const MmaArguments& args) {
       st_global(args.partial + (static_cast<int64_t>(split) * p.m + m) * padded_n + n, value);
     } else {
       if (p.bias != nullptr) value += ld_global_nc<float>(p.bias + n);
-      st_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(m) * p.n + n,
-                from_float<T>(value));
+      store_output<T>(p.y, p.y_f32, static_cast<int64_t>(m) * p.n + n, value);
     }
   }
 }

@@ -32,6 +32,7 @@ struct Problem {
   const void* zeros;   // uint8, as scales
   const float* bias;   // [n], or null
   void* y;             // [m, n]
+  bool y_f32;          // whether y is f32, not rounded to `type`
 };
 
 // Whether groups end inside a step of 64 along K, and the most groups that one step can touch.

@@ -1,9 +1,9 @@
 // The second pass of a product whose K was split without clusters: y = sum of the f32 partial sums,
-// in the order of the splits, plus bias, rounded once.
+// in the order of the splits, plus bias.
 #pragma once
 
+#include "output.cuh"
 #include "plan.h"
-#include "primitives.h"
 
 namespace jax_gptq::cuda {
 
@@ -23,7 +23,7 @@ __device__ __forceinline__ void reduce_block(const Problem& p, int splits, const
   float sum = ld_global<float>(from);
   for (int split = 1; split < splits; ++split) sum += ld_global<float>(from + split * stride);
   if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
-  st_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(m) * p.n + n, from_float<T>(sum));
+  store_output<T>(p.y, p.y_f32, static_cast<int64_t>(m) * p.n + n, sum);
 }
 
 }  // namespace jax_gptq::cuda

@@ -29,6 +29,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "output.cuh"
 #include "plan.h"
 #include "wgmma.h"
 #include "wgmma_primitives.cuh"
@@ -100,7 +101,8 @@ struct WgmmaArguments {
   int columns;   // 1 or 2
   int splits;
   int stages;     // fewer than 2: the plan does not fit
-  bool y_mapped;  // y is written through its tensor map: n a multiple of 8 and no split
+  bool y_mapped;  // y is written through its tensor map: 16-bit, n a multiple of 8 and no split
+  bool y_f32;
   Dtype scale_type;
   const float* bias;  // [n] or null
   void* y;            // [m, n]
@@ -138,7 +140,8 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
   args.clusters = plan.clusters;
   args.columns = plan.columns;
   args.splits = plan.splits;
-  args.y_mapped = plan.splits == 1 && problem.n % 8 == 0;
+  args.y_f32 = problem.y_f32;
+  args.y_mapped = plan.splits == 1 && problem.n % 8 == 0 && !problem.y_f32;
   args.scale_type = problem.scale_type;
   args.bias = problem.bias;
   args.y = problem.y;
@@ -378,8 +381,7 @@ __device__ __forceinline__ void reduce_splits(const WgmmaArguments& args, uint32
   const int n = tile.n * kBlockN + thread % kQuads * 4;
   const float bias[4] = {load_bias(args, n), load_bias(args, n + 1), load_bias(args, n + 2),
                          load_bias(args, n + 3)};
-  uint16_t* y = static_cast<uint16_t*>(args.y) +
-                static_cast<int64_t>(tile.m * kBlockM + first + thread / kQuads) * args.n + n;
+  int64_t at = static_cast<int64_t>(tile.m * kBlockM + first + thread / kQuads) * args.n + n;
   barrier_wait(barrier, 0);
   warp_sync();
   cluster_arrive_relaxed();  // What others sent here has arrived; they may leave.
@@ -403,15 +405,16 @@ __device__ __forceinline__ void reduce_splits(const WgmmaArguments& args, uint32
       sum[2] += parts[other].z;
       sum[3] += parts[other].w;
     }
-    if (args.n % 4 == 0) {
-      st_global(y, make_uint2(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3])));
+    if (args.n % 4 == 0 && !args.y_f32) {
+      st_global(static_cast<uint16_t*>(args.y) + at,
+                make_uint2(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3])));
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (n + i < args.n) st_global(y + i, from_float<T>(sum[i]));
+        if (n + i < args.n) store_output<T>(args.y, args.y_f32, at + i, sum[i]);
       }
     }
-    y += static_cast<int64_t>(kRows) * args.n;
+    at += static_cast<int64_t>(kRows) * args.n;
   }
 }
 
@@ -748,7 +751,6 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           store_commit();
         }
       } else {
-        uint16_t* const y = static_cast<uint16_t*>(args.y);
         const float bias0 = load_bias(args, n0);
         const float bias1 = load_bias(args, n0 + 8);
 #pragma unroll
@@ -756,8 +758,8 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           const int m = tile.m * kBlockM + i / 4 * 8 + lane % 4 * 2 + i % 2;
           const int n = n0 + i / 2 % 2 * 8;
           if (m < args.m && n < args.n) {
-            st_global(y + static_cast<int64_t>(m) * args.n + n,
-                      from_float<T>(sums[i] + (i / 2 % 2 == 0 ? bias0 : bias1)));
+            store_output<T>(args.y, args.y_f32, static_cast<int64_t>(m) * args.n + n,
+                            sums[i] + (i / 2 % 2 == 0 ? bias0 : bias1));
           }
         }
       }
