@@ -5,8 +5,8 @@
 The weights are random and made on the device (group size 128, asymmetric zero points, bf16 scales;
 embedding and output head in bfloat16), so the text is nonsense, but every byte is read. Timed is
 `model.generate` from a prompt of 8 tokens, prefill included, compilation not; then the same after
-`fuse_projections`. The floor reads every packed weight and the head once per step at the copy
-bandwidth that was measured just before.
+`fuse_projections`, and after `round_head` too (8 bits). The floor reads every packed weight and the
+head once per step at the copy bandwidth that was measured just before.
 
 Writes benchmarks/results/gpu_decode.json. Needs a GPU, and the package built with CUDA.
 """
@@ -28,6 +28,7 @@ from jax_gptq.models.config import from_hf
 from jax_gptq.models.layers import Embedding, QuantizedLinear, RMSNorm
 from jax_gptq.models.loading import new_model
 from jax_gptq.models.naming import linears, set_layer
+from jax_gptq.quantize import round_head
 from jax_gptq.stores.cuda import CudaStore
 
 CONFIG = {
@@ -63,12 +64,10 @@ def random_store(key: jax.Array, k: int, n: int) -> CudaStore:
     )
 
 
-def random_model(layers: int):
-    """The model, and the bytes that one step reads."""
+def random_model(layers: int) -> CausalLM:
     config = from_hf({**CONFIG, "num_hidden_layers": layers})
     model = nnx.eval_shape(lambda: new_model(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     key = jax.random.key(0)
-    read = 0
 
     def normal(shape):
         nonlocal key
@@ -80,14 +79,19 @@ def random_model(layers: int):
             module.weight = nnx.Param(jnp.ones(module.weight.shape, jnp.bfloat16))
         elif isinstance(module, Embedding):
             module.weight = normal(module.weight.shape)
-    read += model.head.weight[...].nbytes
     make = jax.jit(random_store, static_argnums=(1, 2))
     for name, layer in linears(model).items():
         key, use = jax.random.split(key)
         store = make(use, layer.in_features, layer.out_features)
         set_layer(model, name, QuantizedLinear.from_linear(GptqLinear(store)))
-        read += sum(leaf.nbytes for leaf in jax.tree.leaves(store))
-    return model, read
+    return model
+
+
+def bytes_read(model: CausalLM) -> int:
+    """By one step: the packed weights and the head, which may be one of them."""
+    stores = {name: layer.weight.get_value() for name, layer in linears(model).items()}
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves(stores))
+    return read + (model.head.weight[...].nbytes if isinstance(model.head, Embedding) else 0)
 
 
 def generate_seconds(model: CausalLM, batch: int, tokens: int) -> float:
@@ -111,8 +115,7 @@ def main() -> None:
     if jax.default_backend() != "gpu" or not ffi.has("cuda"):
         parser.error("needs a GPU and jax_gptq built with CUDA")
     limits = ceilings()
-    model, read = random_model(args.layers)
-    floor_us = read / limits["copy GB/s"] / 1e3
+    model = random_model(args.layers)
     data = {
         "device": jax.devices()[0].device_kind,
         "driver": driver_version(),
@@ -121,21 +124,25 @@ def main() -> None:
         "model": "Llama-3.1-8B shape, 4 bits, group 128, random weights",
         "layers": args.layers,
         "ceilings": limits,
-        "bytes read per step": read,
-        "floor microseconds per step": round(floor_us),
         "results": [],
     }
     batches = [int(batch) for batch in args.batches.split(",")]
-    for fused in (False, True):
-        if fused:
+    for variant in ("as loaded", "fused projections", "fused projections, 8-bit head"):
+        if variant == "fused projections":
             fuse_projections(model)
+        elif variant != "as loaded":
+            model = round_head(model)
+        read = bytes_read(model)
+        floor_us = read / limits["copy GB/s"] / 1e3
         for batch in batches:
             seconds = generate_seconds(model, batch, args.tokens)
             result = {
                 "batch": batch,
-                "fused projections": fused,
+                "model": variant,
+                "bytes read per step": read,
                 "tokens per second": round(batch * args.tokens / seconds, 1),
                 "microseconds per step": round(seconds / args.tokens * 1e6),
+                "floor microseconds per step": round(floor_us),
                 "floor tokens per second": round(batch * 1e6 / floor_us),
             }
             data["results"].append(result)
