@@ -2,10 +2,10 @@
 //
 // A block takes strips of 16 output features in turn, neighbouring blocks neighbouring strips
 // at the same time; its 16 warps share the K of every strip, each the same part for all strips.
-// So a warp needs nothing of the others until the end: it holds its own part of x, and streams
-// codes, scales and zero points through a ring of its own, over the ends of strips, without a
-// barrier. The sums of the warps lie in shared memory until enough strips are done, and are then
-// added up.
+// So a warp needs nothing of the block's others until the end: it holds its own part of x, and
+// streams codes, scales and zero points through a ring of its own, over the ends of strips, without
+// a barrier of the block. The sums of the warps lie in shared memory until enough strips are done,
+// and are then added up.
 //
 // These kernels take a few microseconds, so that their start and end count as much as their loop.
 // Memory serves requests in turn: x, which everything waits for, is asked for before the codes.
@@ -56,8 +56,8 @@ __device__ __forceinline__ void decode_copy_x(const DecodeArguments& args, const
 }
 
 // The same by a pair of blocks for both, the even rows by the first, the odd ones by the second.
-// `barrier` is the warp's own, where it has a part of K. Both blocks have arrived at the cluster's
-// barrier once theirs were there.
+// `barrier` is the warp's own. All threads have arrived at the cluster's barrier after it was
+// initialised.
 __device__ __forceinline__ void decode_share_x(const DecodeArguments& args, const Run& run,
                                                uint32_t barrier) {
   const Problem& p = args.problem;
@@ -357,7 +357,10 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   } else {
     cp_async_wait<0>();
   }
-  if (shares_x && run.units > 0) barrier_wait(barrier, 0);
+  if (shares_x) {
+    if (run.units > 0) barrier_wait(barrier, 0);
+    cluster_arrive_relaxed();
+  }
   warp_sync();  // This warp's x is there.
 
   Products products(args, run);
@@ -392,6 +395,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
     if (!last) block_sync();
   }
   cp_async_wait<0>();
+  if (shares_x) cluster_wait();  // A block stays until all that it copies has arrived.
 }
 
 }  // namespace jax_gptq::cuda

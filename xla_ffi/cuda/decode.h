@@ -42,12 +42,14 @@ constexpr int decode_ring_bytes(const Problem& p) {
 constexpr int decode_strip_bytes(int m) { return m * kDecodeWarps * kSumsPitch * 4; }
 
 // One or two rows of x become digits (digits.cuh). More stay floats, and two blocks copy them for
-// each other, where nothing else makes clusters of the blocks and rows begin at whole pieces.
+// each other, where nothing else makes clusters of the blocks, rows begin at whole pieces and the
+// architecture has multicast (12.x only imitates it).
 constexpr int kDigits = 4;
 constexpr int kDigitBytes = kUnitK * kDigits;  // of a unit and row
 constexpr bool as_digits(const Problem& p) { return p.m <= 2; }
 constexpr bool shares_x(const Problem& p, const Device& device, int splits) {
-  return device.arch >= 90 && splits == 1 && !as_digits(p) && p.k % 8 == 0;
+  return device.arch >= 90 && device.arch < 120 && device.processors > 1 && splits == 1 &&
+         !as_digits(p) && p.k % 8 == 0;
 }
 
 // Bytes between units of a row of x in shared memory, and between rows: of floats 16 modulo 128, so
@@ -65,21 +67,22 @@ struct Run {
 
 constexpr int decode_strips(const Problem& p) { return ceil_div(p.n, kFragmentN); }
 
-// Groups of blocks, each with all of K, where `resident` would run at once.
+// Groups of blocks, each with all of K, where `resident` would run at once. An even number of
+// blocks where two share x: the last may then have no strip.
 constexpr int decode_groups(const Problem& p, const Device& device, int splits, int resident) {
   const int groups = std::min(decode_strips(p), resident);
   return shares_x(p, device, splits) ? std::min(groups + groups % 2, resident / 2 * 2) : groups;
 }
 
-// Shared memory: the rings, a barrier for every warp, x for the longest split, the sums of every
-// warp for `slots` strips (as many as a block takes, or as fit: none if there is no room for one),
-// and where splits are added through the cluster those of the block.
+// Shared memory: the rings, a barrier for every warp that may share x, x for the longest split, the
+// sums of every warp for `slots` strips (as many as a block takes, or as fit: none if there is no
+// room for one), and where splits are added through the cluster those of the block.
 struct DecodeShared {
   int barriers, x, parts, slots, sums, size;
 
   constexpr DecodeShared(const Problem& p, int splits, int rounds, bool cluster, int limit)
       : barriers(decode_ring_bytes(p)),
-        x(barriers + 8 * kDecodeWarps),
+        x(barriers + (as_digits(p) ? 0 : 8 * kDecodeWarps)),
         parts(x + p.m * decode_x_pitch(as_digits(p), ceil_div(ceil_div(p.k, kUnitK), splits))),
         slots(std::max(0, std::min(rounds, (limit - parts) / slot_bytes(p, cluster)))),
         sums(parts + slots * slot_bytes(p, false)),

@@ -20,8 +20,8 @@ int resident_groups(int processors, int size, bool clusters) {
 }
 
 // Microseconds of 9 to 16 rows without a split of K, on sm_90a, less the start that WgmmaPlan's
-// estimate leaves out; fitted to measurements on an H100, see docs/h200_notes.md (2026-11-26,
-// fifth). Most of it is the strips of a block, times the units of a warp in each.
+// estimate leaves out; fitted to measurements at 4 bits on an H100, see docs/h200_notes.md
+// (2026-11-26, fifth). Most of it is the strips of a block, times the units of a warp in each.
 double decode_estimate(const Problem& p, const Plan& plan) {
   constexpr double kStart = -0.5, kCopy = 0.27 / 1024, kUnit = 0.95;
   const int strips = ceil_div(decode_strips(p), plan.grid);

@@ -1,8 +1,8 @@
 // The device primitives that the kernels are written in.
 //
-// On the device each is one instruction (inline PTX) or an intrinsic. For the emulator the same
-// names have their meaning in plain C++ (emulator/primitives.h), so that one kernel source compiles
-// for both. Conventions:
+// On the device each is one instruction (inline PTX), one short wait loop, or an intrinsic. For the
+// emulator the same names have their meaning in plain C++ (emulator/primitives.h), so that one
+// kernel source compiles for both. Conventions:
 //   - shared memory is addressed by uint32_t, from shared_base(); there are no pointers into it;
 //   - a pair of 16-bit floats is a uint32_t, the first value in the low half; a single one is a
 //     uint16_t; which type they are is said by a tag, F16 or Bf16;
@@ -334,7 +334,7 @@ __device__ __forceinline__ void cluster_arrive() {
 }
 
 // As cluster_arrive, but orders no memory: for barriers after which nothing that this thread wrote
-// is read by others.
+// is read by others, but for mbarriers that barrier_init_fence was called for.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   JAX_GPTQ_CLUSTER_ASM("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
 }
@@ -360,8 +360,9 @@ __device__ __forceinline__ float ld_cluster<float>(uint32_t mapped) {
   return value;
 }
 
-// ---- mbarrier (sm_90 and newer) ----------------------------------------------------------------
-// PTX ISA 8.0+, sections "Parallel Synchronization: mbarrier" and "Data Movement: cp.async.bulk".
+// ---- mbarrier and bulk copies (sm_90 and newer)
+// ---------------------------------------------------------------- PTX ISA 8.0+, sections "Parallel
+// Synchronization: mbarrier" and "Data Movement: cp.async.bulk".
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   JAX_GPTQ_CLUSTER_ASM("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
@@ -399,10 +400,14 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 // bytes.
 __device__ __forceinline__ void copy_multicast(uint32_t destination, const void* from,
                                                uint32_t bytes, uint32_t barrier, uint16_t blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  __trap();  // There is only a slow imitation, which no plan asks for.
+#else
   JAX_GPTQ_CLUSTER_ASM(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1], %2, [%3], %4;" ::"r"(destination),
       "l"(from), "r"(bytes), "r"(barrier), "h"(blocks) : "memory");
+#endif
 }
 
 #undef JAX_GPTQ_CLUSTER_ASM

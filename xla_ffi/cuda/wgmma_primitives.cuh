@@ -1,5 +1,6 @@
-// Device primitives that only class B on sm_90a needs: warpgroup matrix products and tensor-map
-// copies. Each is one PTX instruction, so that the kernel in wgmma.cuh reads as plain C++.
+// Device primitives that only class B on sm_90a needs: warpgroup matrix products, tensor-map copies
+// and a few more. Each is a PTX instruction or two, so that the kernel in wgmma.cuh reads as plain
+// C++.
 //
 // PTX ISA 8.0+, sections "Asynchronous Warpgroup Level Matrix Instructions" and "Data Movement:
 // cp.async.bulk.tensor".

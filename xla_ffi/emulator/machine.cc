@@ -620,7 +620,7 @@ void Machine::copy_multicast(uint32_t shared, const void* from, size_t bytes, ui
   const auto* data = static_cast<const unsigned char*>(global_read(from, bytes, 16));
   const size_t offset = shared_offset(shared, bytes, 16, "bulk copy");
   const size_t barrier = shared_offset(mbarrier, 8, 8, "mbarrier");
-  if (bytes % 16 != 0) fail("a bulk copy of " + std::to_string(bytes) + " bytes");
+  if (bytes == 0 || bytes % 16 != 0) fail("a bulk copy of " + std::to_string(bytes) + " bytes");
   for (int rank : ranks) {
     copy_bulk(rank, offset, barrier, bytes,
               [=](unsigned char* to, const Observer&) { std::copy_n(data, bytes, to); });

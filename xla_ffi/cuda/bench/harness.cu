@@ -200,7 +200,7 @@ class Buffers {
   }
 
   Problem problem(int copy = 0) const {
-    Problem p;
+    Problem p{};
     p.m = c_.m;
     p.n = c_.n;
     p.k = c_.k;
@@ -499,7 +499,7 @@ int check(int runs) {
     }
   }
   for (int m : {1, 2, 3, 8, 9, 16}) run_case({m, 1000, 1048}, 2);
-  for (int m : {1, 2, 16}) run_case({m, 4096, 4096}, runs);
+  for (int m : {1, 2, 4, 8, 16}) run_case({m, 4096, 4096}, runs);
   for (int m : {17, 33, 64, 100, 128, 129, 257, 300}) run_case({m, 1000, 1048}, 2);
   run_case({64, 4096, 4096}, runs);
   run_case({256, 4096, 4096}, runs);
