@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_gptq.errors import BackendError, DtypeError, ShapeError
 from jax_gptq.matmul import ACTIVATIONS, gptq_matmul
@@ -88,6 +88,21 @@ class GptqLinear:
         """N."""
         return self.store.out_features
 
-    def __call__(self, x: Array, *, backend: str | None = None) -> Array:
-        """x [..., K] -> [..., N] in x's dtype. Raises what `gptq_matmul` raises."""
-        return gptq_matmul(x, self.store, backend, bias=self.bias, activations=self.activations)
+    def __call__(
+        self,
+        x: Array,
+        *,
+        backend: str | None = None,
+        x_permuted: bool = False,
+        preferred_element_type: DTypeLike | None = None,
+    ) -> Array:
+        """x [..., K] -> [..., N]; options and errors are those of `gptq_matmul`."""
+        return gptq_matmul(
+            x,
+            self.store,
+            backend,
+            bias=self.bias,
+            activations=self.activations,
+            x_permuted=x_permuted,
+            preferred_element_type=preferred_element_type,
+        )

@@ -67,11 +67,11 @@ def gptq_matmul(
     """
     x, bias = _check_operands(x, store, bias, activations, x_permuted)
     _check_backend(x, store, backend, activations)
-    dtypes = x.dtype, _out_dtype(x, preferred_element_type)
+    out_dtype = _out_dtype(x, preferred_element_type)
     operands = _match_varying((x, store, bias))
     lead = x.shape[:-1]
     rows = operands[0].reshape(math.prod(lead), store.in_features)
-    y = _apply(backend, activations, x_permuted, dtypes, rows, *operands[1:])
+    y = _apply(backend, activations, x_permuted, out_dtype, rows, *operands[1:])
     return y.reshape(*lead, store.out_features)
 
 
@@ -85,8 +85,9 @@ def _out_dtype(x: Array, preferred: DTypeLike | None) -> jnp.dtype:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
-def _apply(backend, activations, x_permuted, dtypes, x, store, bias):
-    return _differentiable(backend, activations, x_permuted, dtypes)(x, store, bias)
+def _apply(backend, activations, x_permuted, out_dtype, x, store, bias):
+    matmul = _differentiable(backend, activations, x_permuted, x.dtype, out_dtype)
+    return matmul(x, store, bias)
 
 
 @functools.cache
@@ -94,10 +95,10 @@ def _differentiable(
     backend: str | None,
     activations: str | None,
     x_permuted: bool,
-    dtypes: tuple[jnp.dtype, jnp.dtype],
+    x_dtype: jnp.dtype,
+    out_dtype: jnp.dtype,
 ) -> Callable:
-    """custom_vjp(custom_vmap(dispatch)) for one choice of options; dtypes of x and the result."""
-    x_dtype, out_dtype = dtypes
+    """custom_vjp(custom_vmap(dispatch)) for one choice of options and dtypes."""
     forward = _batchable(backend, activations, x_permuted, out_dtype)
 
     @jax.custom_vjp

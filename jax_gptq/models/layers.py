@@ -9,7 +9,6 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jax_gptq.matmul import gptq_matmul
 from jax_gptq.models.config import DecoderConfig
 from jax_gptq.models.table import table_logits
 from jax_gptq.nnx import GptqLinear
@@ -63,16 +62,7 @@ def project(x: Array, layers: Sequence[Any]) -> list[Array]:
     if perm is None:
         return [layer(x) for layer in layers]
     x = jnp.take(x, perm, axis=-1)
-    return [
-        gptq_matmul(
-            x,
-            layer.weight.get_value(),
-            bias=None if layer.bias is None else layer.bias[...],
-            activations=layer.activations,
-            x_permuted=True,
-        )
-        for layer in layers
-    ]
+    return [layer.linear(x, x_permuted=True) for layer in layers]
 
 
 def _common_perm(layers: Sequence[Any]) -> Array | None:
@@ -166,13 +156,7 @@ def head_logits(config: DecoderConfig, head: Any, x: Array) -> Array:
     if isinstance(head, Embedding):
         y = head.logits(x)
     else:
-        y = gptq_matmul(
-            x,
-            head.weight.get_value(),
-            bias=None if head.bias is None else head.bias[...],
-            activations=head.activations,
-            preferred_element_type=jnp.float32,
-        )
+        y = head.linear(x, preferred_element_type=jnp.float32)
     if config.logits_softcap is None:
         return y
     return config.logits_softcap * jnp.tanh(y / config.logits_softcap)

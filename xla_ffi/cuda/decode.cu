@@ -47,11 +47,11 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, void* worksp
   Grid grid = {};
   grid.grid = dim3(plan.grid);
   grid.threads = kDecodeThreads;
-  grid.cluster = plan.reduction == Reduction::kCluster         ? plan.splits
-                 : shares_x(problem, plan.device, plan.splits) ? 2
-                                                               : 1;
+  const DecodeArguments args = decode_arguments(problem, plan, workspace);
+  if (args.shares_x) grid.cluster = 2;
+  if (plan.reduction == Reduction::kCluster) grid.cluster = plan.splits;
   grid.shared_bytes = plan.shared_bytes;
-  return launch(kernel, "decode", grid, stream, decode_arguments(problem, plan, workspace));
+  return launch(kernel, "decode", grid, stream, args);
 }
 
 }  // namespace jax_gptq::cuda

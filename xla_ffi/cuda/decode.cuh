@@ -83,13 +83,6 @@ __device__ __forceinline__ void decode_share_x(const DecodeArguments& args, cons
   }
 }
 
-// y [row, n] from the sum over all of K.
-template <class T>
-__device__ __forceinline__ void decode_write(const Problem& p, int row, int n, float sum) {
-  if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
-  store_output<T>(p.y, p.y_f32, static_cast<int64_t>(row) * p.n + n, sum);
-}
-
 // Adds up the sums of `slots` strips from `first_strip` on, every `stride`-th: warps in order, then
 // splits; writes y, or this split's partial sums. Nothing may be written to the sums before it, and
 // all of them after it.
@@ -125,7 +118,7 @@ __device__ __forceinline__ void decode_add(const DecodeArguments& args, int firs
         const int64_t at = (static_cast<int64_t>(split) * p.m + row) * tiles_n(p.n) * kTileN + n;
         st_global(args.partial + at, sum);
       } else {
-        decode_write<T>(p, row, n, sum);
+        write_output<T>(p, row, n, sum);
       }
     }
   }
@@ -148,7 +141,7 @@ __device__ __forceinline__ void decode_add(const DecodeArguments& args, int firs
     float sum = part[0];
 #pragma unroll
     for (int rank = 1; rank < kMaxClusterSplits; ++rank) sum += part[rank];
-    decode_write<T>(p, row, n, sum);
+    write_output<T>(p, row, n, sum);
   }
   // The others may be reading this block's sums.
   cluster_arrive();

@@ -259,8 +259,7 @@ __device__ __forceinline__ void mma_block(const MmaArguments& args) {
     if (args.partial != nullptr) {
       st_global(args.partial + (static_cast<int64_t>(split) * p.m + m) * padded_n + n, value);
     } else {
-      if (p.bias != nullptr) value += ld_global_nc<float>(p.bias + n);
-      store_output<T>(p.y, p.y_f32, static_cast<int64_t>(m) * p.n + n, value);
+      write_output<T>(p, m, n, value);
     }
   }
 }

@@ -360,9 +360,9 @@ __device__ __forceinline__ float ld_cluster<float>(uint32_t mapped) {
   return value;
 }
 
-// ---- mbarrier and bulk copies (sm_90 and newer)
-// ---------------------------------------------------------------- PTX ISA 8.0+, sections "Parallel
-// Synchronization: mbarrier" and "Data Movement: cp.async.bulk".
+// ---- mbarrier and bulk copies (sm_90 and newer) ----------------------------------------------
+//
+// PTX ISA 8.0+, sections "Parallel Synchronization: mbarrier" and "Data Movement: cp.async.bulk".
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   JAX_GPTQ_CLUSTER_ASM("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));

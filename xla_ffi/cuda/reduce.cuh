@@ -3,7 +3,6 @@
 #pragma once
 
 #include "output.cuh"
-#include "plan.h"
 
 namespace jax_gptq::cuda {
 
@@ -22,8 +21,7 @@ __device__ __forceinline__ void reduce_block(const Problem& p, int splits, const
   const int64_t stride = static_cast<int64_t>(p.m) * padded_n;
   float sum = ld_global<float>(from);
   for (int split = 1; split < splits; ++split) sum += ld_global<float>(from + split * stride);
-  if (p.bias != nullptr) sum += ld_global_nc<float>(p.bias + n);
-  store_output<T>(p.y, p.y_f32, static_cast<int64_t>(m) * p.n + n, sum);
+  write_output<T>(p, m, n, sum);
 }
 
 }  // namespace jax_gptq::cuda

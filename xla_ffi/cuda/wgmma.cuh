@@ -5,11 +5,10 @@
 // rows of the accumulator are output features, columns are rows of x.
 //
 //   warpgroup 0       one thread of each of three warps copies: boxes of kBlockM rows of x
-//   (128-byte (the producer)    swizzle, multicast to the blocks of the cluster that need the same
-//   rows), the
-//                     packed tiles of kBlockN output features, their scales and zero points, all
-//                     through tensor maps, as many stages of one or two steps of 64 along K ahead
-//                     as fit.
+//   (the producer)    (128-byte swizzle, multicast to the blocks of the cluster that need them),
+//                     the packed tiles of kBlockN output features, their scales and zero points,
+//                     all through tensor maps, as many stages of one or two steps of 64 along K
+//                     ahead as fit.
 //   the other         each owns 64 output features, in half of the steps where there are two for
 //   warpgroups        the same. While the tensor cores multiply one piece (16 along K), its warps
 //   (the consumers)   dequantize those after it.
