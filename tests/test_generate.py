@@ -117,6 +117,24 @@ def test_compiled_once_per_bucket():
     assert generation.decode._cache_size() == 5
 
 
+def test_a_stream_of_another_prompt_compiles_nothing(model):
+    compilations = []
+
+    def listener(event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        list(generation.stream(model, prompts(3, 5), max_new_tokens=11))
+        assert compilations
+        compilations.clear()
+        list(generation.stream(model, prompts(3, 6), max_new_tokens=10))
+        assert not compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
 def test_stream_hands_over_the_same_tokens(model):
     ids = prompts(2, 5, seed=3)
     expected = model.generate(ids, max_new_tokens=11)
@@ -205,14 +223,14 @@ def test_gpt2_ends_at_its_last_position():
 
 def compiled_decode(model) -> str:
     """Optimized HLO of the token loop at batch 1."""
-    graph, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(model)
     sampler, stop = Sampler.make(1, 0.0, None, None, None), jnp.zeros(0, jnp.int32)
     ids = jnp.zeros((1, 16), jnp.int32)
     progress = generation.prefill(
-        graph, state, ids, jnp.array([5]), sampler, stop, slots=32, dtype=jnp.float32, pad=0
+        structure, leaves, ids, jnp.array([5]), sampler, stop, slots=32, dtype=jnp.float32, pad=0
     )
-    lowered = generation.decode.lower(graph, state, progress, sampler, stop, jnp.int32(9), pad=0)
-    return lowered.compile().as_text()
+    arguments = (structure, leaves, progress, sampler, stop, jnp.int32(9))
+    return generation.decode.lower(*arguments, pad=0).compile().as_text()
 
 
 HLO_TYPES = {"uint32": "u32", "uint8": "u8", "float16": "f16", "int32": "s32", "float32": "f32"}

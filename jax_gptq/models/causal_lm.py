@@ -66,8 +66,7 @@ class CausalLM(nnx.Module):
           ModelError: not two-dimensional integers, or longer than the model's positions.
         """
         ids = checked_ids(self.config, input_ids)
-        graph, state = nnx.split(self)
-        return _logits(graph, state, ids)
+        return _logits(self, ids)
 
     def forward(
         self, input_ids: Array, context: Context, cached: Sequence[KeyValue] | None
@@ -140,8 +139,7 @@ class CausalLM(nnx.Module):
         return jnp.asarray(np.pad(tokens, unused, constant_values=self.config.pad_token))
 
 
-@jax.jit(static_argnums=0)
-def _logits(graph: nnx.GraphDef, state: nnx.State, input_ids: Array) -> Array:
-    model = nnx.merge(graph, state)
+@jax.jit  # the model is a pytree, like every Flax module
+def _logits(model: CausalLM, input_ids: Array) -> Array:
     x, _ = model.forward(input_ids, model.context(input_ids), None)
     return model.logits(x)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
+from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_gptq.errors import ModelError
@@ -46,10 +46,10 @@ class Progress:
     step: Array
 
 
-@jax.jit(static_argnames=("graph", "slots", "dtype", "pad"))
+@jax.jit(static_argnames=("structure", "slots", "dtype", "pad"))
 def prefill(
-    graph: nnx.GraphDef,
-    state: nnx.State,
+    structure: PyTreeDef,
+    leaves: list[Array],
     input_ids: Array,
     lengths: Array,
     sampler: Sampler,
@@ -63,7 +63,7 @@ def prefill(
 
     `dtype`: of the cache; None: the model's.
     """
-    model = nnx.merge(graph, state)
+    model = jax.tree.unflatten(structure, leaves)
     batch, count = input_ids.shape
     context = make_context(model.config, token_positions(input_ids), count)
     x, kept = model.forward(input_ids, context, None)
@@ -80,10 +80,10 @@ def prefill(
     )
 
 
-@jax.jit(static_argnames=("graph", "pad"), donate_argnames="progress")
+@jax.jit(static_argnames=("structure", "pad"), donate_argnames="progress")
 def decode(
-    graph: nnx.GraphDef,
-    state: nnx.State,
+    structure: PyTreeDef,
+    leaves: list[Array],
     progress: Progress,
     sampler: Sampler,
     stop: Array,
@@ -92,7 +92,7 @@ def decode(
     pad: int,
 ) -> Progress:
     """Tokens one after the other, until there are `until` or every row has stopped."""
-    model = nnx.merge(graph, state)
+    model = jax.tree.unflatten(structure, leaves)
     slots = progress.tokens.shape[1]
 
     def unfinished(now: Progress) -> Array:
@@ -142,26 +142,35 @@ def stream(
         model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens), jnp.int32
     )
     pad = model.config.pad_token
-    graph, state = nnx.split(model)
-    padded = bucket(count)
-    slots = bucket(max(padded, count + max_new_tokens))
-    ids = jnp.pad(ids, ((0, 0), (0, padded - count)))
+    leaves, structure = jax.tree.flatten(model)  # once: it takes as long as a token on a GPU
+    # On the host, where no length of a prompt needs a compilation of its own.
+    padded = np.zeros((batch, bucket(count)), np.int32)
+    padded[:, :count] = ids
+    slots = bucket(max(padded.shape[1], count + max_new_tokens))
     progress = prefill(
-        graph, state, ids, lengths, sampler, stop, slots=slots, dtype=_cache_dtype(state), pad=pad
+        structure,
+        leaves,
+        padded,
+        lengths,
+        sampler,
+        stop,
+        slots=slots,
+        dtype=_cache_dtype(leaves[0]),
+        pad=pad,
     )
     done = 0
     while True:
-        step = int(progress.step)
-        yield np.asarray(progress.tokens[:, done:step])
-        done = step
-        if done >= max_new_tokens or bool(progress.stopped.all()):
+        step, stopped = jax.device_get((progress.step, progress.stopped))
+        # Not tokens[:, done:step], which would be compiled anew for every piece.
+        yield np.asarray(jax.lax.dynamic_slice_in_dim(progress.tokens, done, step - done, axis=1))
+        done = int(step)
+        if done >= max_new_tokens or stopped.all():
             return
-        until = jnp.int32(min(done + chunk, max_new_tokens))
-        progress = decode(graph, state, progress, sampler, stop, until, pad=pad)
+        until = np.int32(min(done + chunk, max_new_tokens))
+        progress = decode(structure, leaves, progress, sampler, stop, until, pad=pad)
 
 
-def _cache_dtype(state: nnx.State) -> DTypeLike | None:
+def _cache_dtype(leaf: Array) -> DTypeLike | None:
     """f32 on a CPU: XLA updates a 16-bit array there by way of an f32 copy of all of it."""
-    leaf = jax.tree.leaves(state)[0]
     on_cpu = isinstance(leaf, jax.Array) and {d.platform for d in leaf.devices()} == {"cpu"}
     return jnp.float32 if on_cpu else None

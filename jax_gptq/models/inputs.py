@@ -14,9 +14,11 @@ def token_positions(input_ids: Array) -> Array:
     return jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
 
 
-def checked_ids(config: DecoderConfig, input_ids: ArrayLike, new_tokens: int = 0) -> Array:
-    """input_ids as an int32 array [B, T] that fits the model, or a ModelError."""
-    ids = jnp.asarray(input_ids)
+def checked_ids(
+    config: DecoderConfig, input_ids: ArrayLike, new_tokens: int = 0
+) -> Array | np.ndarray:
+    """input_ids as int32 [B, T], on the host if they were, that fit the model; or a ModelError."""
+    ids = input_ids if isinstance(input_ids, Array) else np.asarray(input_ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ModelError(
             f"input_ids: expected integers [batch, length], found {ids.dtype} of shape {ids.shape}"
@@ -27,7 +29,7 @@ def checked_ids(config: DecoderConfig, input_ids: ArrayLike, new_tokens: int = 0
             f"input_ids: this model has {limit} positions, found {ids.shape[1]} tokens and "
             f"{new_tokens} to generate"
         )
-    return ids.astype(jnp.int32)
+    return ids.astype(np.int32)
 
 
 def position_limit(config: DecoderConfig) -> int | None:
