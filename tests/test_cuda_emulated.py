@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(emulated is None, reason="built without JAX_GPTQ_EMULATOR"),
 ]
 
-# One rounding of the output; kernels but decode also round each weight once.
+# One rounding of the output; kernels but decode may also round each weight once.
 BOUNDS = {"bfloat16": (2e-3, 5e-3), "float16": (2.6e-4, 6e-4)}
 
 PARAMETERS = {
@@ -242,6 +242,33 @@ def test_every_plan_of_wgmma(block_n, block_m, columns, splits):
         np.testing.assert_array_equal(found, y.astype(found.dtype))
         sums = np.asarray(matmul(x, store, bias, out="float32"))
         np.testing.assert_array_equal(sums, y.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales", "group_size"),
+    [
+        ("bfloat16", "float16", 128),
+        ("bfloat16", "float32", 256),
+        ("float16", "bfloat16", 384),
+        ("float16", "float32", -1),
+    ],
+)
+@pytest.mark.parametrize(("block_n", "block_m"), [(256, 32), (128, 64)])
+@pytest.mark.parametrize(("columns", "splits"), [(1, 1), (2, 1), (1, 3)])
+def test_scales_applied_to_sums_of_wgmma(
+    columns, splits, block_n, block_m, dtype, scales, group_size
+):
+    """Weights are then not rounded. One stage of K (128), an even and an odd number of them, and
+    groups that end within a part of K."""
+    emulated.set(arch=90, processors=2, wgmma=[block_n, block_m, columns, splits])
+    options = {"dtype": dtype, "scale_dtype": scale_type(scales), "group_size": group_size}
+    for k in (96, 512, 648, 1304):
+        x, store, bias, y = setup(block_m - 3, k, 300, bias=True, **options)
+        found = matmul(x, store, bias, out="float32")
+        assert emulated.launches() == ["wgmma"]
+        assert rel_error(found, y) < 1e-6
+        x, store, bias, y = setup(block_m + 5, k, 300, exact=True, bias=True, **options)
+        np.testing.assert_array_equal(matmul(x, store, bias, out="float32"), y.astype(np.float32))
 
 
 @pytest.mark.parametrize("arch", [80, 90])

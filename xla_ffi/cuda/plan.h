@@ -53,7 +53,7 @@ enum class Kernel : int {
   kNone,    // no rows: nothing to launch
   kDecode,  // m <= 16 (sm_90a: 9 to 16 where an estimate says so), scales on f32 accumulators
   kMma,     // larger m, mma.sync, weights rounded once
-  kWgmma,   // larger m, sm_90a, weights rounded once
+  kWgmma,   // larger m, sm_90a, weights rounded once or not at all
 };
 
 // How parts of K are added up. Always in rank order, so that equal inputs give equal bits.

@@ -40,32 +40,41 @@ cudaError_t launch_block(const Problem& problem, const WgmmaPlan& plan, cudaStre
     return launch_tiles<T, kBits, kMode, BLOCK_N, BLOCK_M>(problem, plan, stream); \
   }
   JAX_GPTQ_BLOCK(256, 32)
-  JAX_GPTQ_BLOCK(256, 64)
-  JAX_GPTQ_BLOCK(128, 256)
-  JAX_GPTQ_BLOCK(128, 32)
   JAX_GPTQ_BLOCK(128, 64)
-  JAX_GPTQ_BLOCK(128, 128)
+  if constexpr (kMode != WgmmaMode::kOnSums) {
+    JAX_GPTQ_BLOCK(256, 64)
+    JAX_GPTQ_BLOCK(128, 32)
+    JAX_GPTQ_BLOCK(128, 128)
+    JAX_GPTQ_BLOCK(128, 256)
+  }
 #undef JAX_GPTQ_BLOCK
   return cudaErrorInvalidConfiguration;
 }
 
 template <class T>
 cudaError_t launch_type(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
-  const Dtype type = std::is_same<T, F16>::value ? Dtype::kF16 : Dtype::kBf16;
-  const bool fine = problem.groups > 1 && problem.group_size % kStepK != 0;
+  const WgmmaMode mode = wgmma_mode(problem, plan.block_n, plan.block_m);
   if (problem.bits == 8) {
-    return fine ? launch_block<T, 8, WgmmaMode::kFine>(problem, plan, stream)
-                : launch_block<T, 8, WgmmaMode::kGeneral>(problem, plan, stream);
+    return mode == WgmmaMode::kFine
+               ? launch_block<T, 8, WgmmaMode::kFine>(problem, plan, stream)
+               : launch_block<T, 8, WgmmaMode::kGeneral>(problem, plan, stream);
   }
-  if (fine) return launch_block<T, 4, WgmmaMode::kFine>(problem, plan, stream);
-  if constexpr (std::is_same<T, Bf16>::value) {
-    if (problem.scale_type == Dtype::kF16) {
-      return launch_block<T, 4, WgmmaMode::kSplit>(problem, plan, stream);
-    }
+  switch (mode) {
+    case WgmmaMode::kExact:
+      return launch_block<T, 4, WgmmaMode::kExact>(problem, plan, stream);
+    case WgmmaMode::kSplit:
+      if constexpr (std::is_same<T, Bf16>::value) {
+        return launch_block<T, 4, WgmmaMode::kSplit>(problem, plan, stream);
+      }
+      return cudaErrorInvalidConfiguration;
+    case WgmmaMode::kOnSums:
+      return launch_block<T, 4, WgmmaMode::kOnSums>(problem, plan, stream);
+    case WgmmaMode::kGeneral:
+      return launch_block<T, 4, WgmmaMode::kGeneral>(problem, plan, stream);
+    case WgmmaMode::kFine:
+      return launch_block<T, 4, WgmmaMode::kFine>(problem, plan, stream);
   }
-  return problem.scale_type == type
-             ? launch_block<T, 4, WgmmaMode::kExact>(problem, plan, stream)
-             : launch_block<T, 4, WgmmaMode::kGeneral>(problem, plan, stream);
+  return cudaErrorInvalidConfiguration;
 }
 
 }  // namespace

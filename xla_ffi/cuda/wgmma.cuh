@@ -22,12 +22,14 @@
 // warpgroup. Where K is split it holds the sums that the other splits send; the block's own, and
 // those from warpgroup to warpgroup, take the place of its stages.
 //
-// Rounding: (q - z) is exact, its product with the scale is rounded once to the type of x.
+// Rounding: (q - z) is exact, its product with the scale is rounded once to the type of x. In the
+// mode kOnSums it is not: q - z is multiplied by x, and the scale by the f32 sum of 128 along K.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
+#include "fragment.cuh"
 #include "output.cuh"
 #include "plan.h"
 #include "wgmma.h"
@@ -230,15 +232,8 @@ constexpr uint32_t magic() {
   return std::is_same<T, F16>::value ? kMagicF16 : kMagicBf16;
 }
 
-// How a code becomes a value.
-enum class WgmmaMode {
-  kExact,    // scales stored in the type of x, four bits, groups that end between steps
-  kSplit,    // the same, but scales in f16 under x in bf16: as sums of two bf16
-  kGeneral,  // scales applied in f32
-  kFine,     // as kGeneral, with groups that end inside a step
-};
-
 // Scale and zero point of this lane's two rows of one 64-row tile, rows r and r + 8.
+//   kOnSums: the scale in f32, the zero point as exact_fragment subtracts it;
 //   kExact and kSplit: both as duplicated pairs, the zero point with the magic number of the type
 //   added; otherwise the scale in f32, and the zero point as such a pair of bf16 (4 bits) or in
 //   f32, plus 2^23 (8 bits).
@@ -257,7 +252,10 @@ __device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint
   for (int i = 0; i < 2; ++i) {
     const uint32_t zero = ld_shared<uint8_t>(zeros + 8 * i);
     const uint32_t pair = zero * 0x00010001u;
-    if constexpr (kMode == WgmmaMode::kExact) {
+    if constexpr (kMode == WgmmaMode::kOnSums) {
+      p.scale[i] = float_bits(load_scale(scales, 8 * i, scale_type));
+      p.zero[i] = prepare_zero<T, kBits>(zero);
+    } else if constexpr (kMode == WgmmaMode::kExact) {
       p.scale[i] = ld_shared<uint16_t>(scales + 16 * i) * 0x00010001u;
       p.zero[i] = pair + magic<T>();
     } else if constexpr (kMode == WgmmaMode::kSplit) {
@@ -267,14 +265,7 @@ __device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint
       p.rest[i] = from_float<Bf16>(scale - to_float<Bf16>(rounded)) * 0x00010001u;
       p.zero[i] = pair + kMagicBf16;
     } else {
-      float scale;
-      if (scale_type == Dtype::kF32) {
-        scale = ld_shared<float>(scales + 32 * i);
-      } else {
-        const uint16_t bits = ld_shared<uint16_t>(scales + 16 * i);
-        scale = scale_type == Dtype::kF16 ? to_float<F16>(bits) : to_float<Bf16>(bits);
-      }
-      p.scale[i] = float_bits(scale);
+      p.scale[i] = float_bits(load_scale(scales, 8 * i, scale_type));
       p.zero[i] = kBits == 4 ? pair + kMagicBf16 : zero | kMagicF32;
     }
   }
@@ -426,6 +417,8 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
   constexpr int kTiles = kBlockN / kTileN;
   constexpr int kSteps = wgmma_stage_steps(kBlockM);  // of 64 along K, in a stage
   constexpr int kSums = kBlockM / 2;                  // f32 accumulators of a lane
+  constexpr bool kOnSums = kMode == WgmmaMode::kOnSums;
+  using Product = Wgmma<T, kBlockM>;
 
   const uint32_t barriers = shared_base();
   const uint32_t stages = barriers + kWgmmaBarrierBytes;
@@ -576,8 +569,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
         cluster_map(empty(0),
                     lane < args.columns ? split * args.columns + lane : split * args.columns) -
         full(0);
-    uint32_t multiplied_full = full(0);  // of the oldest stage that was not released
-    int steps_left = 0;                  // of the group whose parameters are held
+    int steps_left = 0;  // of the group whose parameters are held
 
     const auto load_group = [&](int group_row) {
       parameters = load_parameters<T, kBits, kMode>(
@@ -625,7 +617,11 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       uint32_t (&fragment)[4] = fragments[piece % kHeld];
       if constexpr (kBits == 4) {
         const uint32_t step_words[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
-        dequantize4<T, kMode>(fragment, step_words[piece % 4], parameters);
+        if constexpr (kOnSums) {
+          exact_fragment<T, kBits>(fragment, &step_words[piece % 4], parameters.zero);
+        } else {
+          dequantize4<T, kMode>(fragment, step_words[piece % 4], parameters);
+        }
       } else {
         const uint4 w = words[piece % 4 / 2];
         const bool second = piece % 2 == 1;
@@ -643,10 +639,10 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       }
     };
 
-    // The codes and products of the oldest stage are done.
-    const auto release = [&] {
+    // The codes and products of a stage are done.
+    const auto release = [&](uint32_t stage_full) {
       warp_sync();
-      if (lane < args.columns) barrier_arrive_cluster(multiplied_full + to_empty);
+      if (lane < args.columns) barrier_arrive_cluster(stage_full + to_empty);
     };
 
     for (int work = first_work; work < args.works; work += args.clusters) {
@@ -660,33 +656,102 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
         steps_left = (first_group + 1) * args.group_steps - first_step - kParts;
 #pragma unroll
         for (int piece = 0; piece < kAhead; ++piece) prepare(first_step, piece, true);
+
+        uint64_t x;                // rows of x in the stage that is multiplied
+        uint32_t multiplied_full;  // its barrier
+        const auto multiply = [&](float (&to)[kSums], int piece) {
+          const uint64_t rows = x + piece / 4 * (kBlockM * 128 / 16) + 2 * (piece % 4);
+          wgmma_fence();
+          if (kOnSums && piece == 0) {
+            Product::start(to, fragments[0], rows);
+          } else {
+            Product::add(to, fragments[piece % kHeld], rows);
+          }
+          wgmma_commit();
+          wgmma_wait<kHeld - kAhead>();
+        };
+        // Under the product of a piece, the dequantization of one ahead.
+        const auto prepare_ahead = [&](int step, int piece, bool last) {
+          const int next = piece + kAhead;
+          if (next < kPieces) {
+            prepare(step, next, !last);
+          } else if (!last) {
+            prepare(step + kSteps, next - kPieces, true);
+          }
+        };
+        if constexpr (!kOnSums) {
 #pragma unroll 1
-        for (int step = first_step; step < last_step; step += kSteps) {
-          const bool last = step + kSteps == last_step;
-          const uint64_t x = swizzled_descriptor(fetched + part * (kBlockM * 128));
-          const uint32_t full_here = fetched_full;
-          // The product of a piece and, under it, the dequantization of one ahead.
+          for (int step = first_step; step < last_step; step += kSteps) {
+            const bool last = step + kSteps == last_step;
+            x = swizzled_descriptor(fetched + part * (kBlockM * 128));
+            const uint32_t full_here = fetched_full;
 #pragma unroll
-          for (int piece = 0; piece < kPieces; ++piece) {
-            wgmma_fence();
-            Wgmma<T, kBlockM>::multiply(sums, fragments[piece % kHeld],
-                                        x + piece / 4 * (kBlockM * 128 / 16) + 2 * (piece % 4));
-            wgmma_commit();
-            wgmma_wait<kHeld - kAhead>();
-            if (piece == kHeld - kAhead - 1) {  // The stage before has been multiplied.
-              if (step > first_step) release();
-              multiplied_full = full_here;
+            for (int piece = 0; piece < kPieces; ++piece) {
+              multiply(sums, piece);
+              if (piece == kHeld - kAhead - 1) {  // The stage before has been multiplied.
+                if (step > first_step) release(multiplied_full);
+                multiplied_full = full_here;
+              }
+              prepare_ahead(step, piece, last);
             }
-            const int next = piece + kAhead;
-            if (next < kPieces) {
-              prepare(step, next, !last);
-            } else if (!last) {
-              prepare(step + kSteps, next - kPieces, true);
+          }
+          wgmma_wait<0>();
+        } else {
+          // The products of a stage, which is of one group, and those of the next. The next begins
+          // before the former are read, so that the tensor cores do not wait. The compiler follows
+          // which are under way only where both are named within one round of the loop.
+          float products[kSums], others[kSums];
+          uint32_t scale[2];
+          int step = first_step;
+          const auto begin = [&](float (&to)[kSums]) {
+            x = swizzled_descriptor(fetched);
+            multiplied_full = fetched_full;
+            scale[0] = parameters.scale[0];
+            scale[1] = parameters.scale[1];
+#pragma unroll
+            for (int piece = 0; piece < kHeld - kAhead; ++piece) {
+              multiply(to, piece);
+              prepare_ahead(step, piece, step + kSteps == last_step);
+            }
+          };
+          const auto apply_scale = [&](float (&from)[kSums], uint32_t scale0, uint32_t scale1) {
+            Product::settle(from);
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) {
+              sums[i] += from[i] * bits_float(i / 2 % 2 == 0 ? scale0 : scale1);
+            }
+          };
+          // The rest of a stage and the beginning of the next; false: there is no next.
+          const auto advance = [&](float (&to)[kSums], float (&to_next)[kSums]) {
+            const bool last = step + kSteps == last_step;
+#pragma unroll
+            for (int piece = kHeld - kAhead; piece < kPieces; ++piece) {
+              multiply(to, piece);
+              prepare_ahead(step, piece, last);
+            }
+            if (last) return false;
+            const uint32_t done_full = multiplied_full, scale0 = scale[0], scale1 = scale[1];
+            step += kSteps;
+            begin(to_next);
+            release(done_full);
+            apply_scale(to, scale0, scale1);
+            return true;
+          };
+          begin(products);
+          while (true) {
+            if (!advance(products, others)) {
+              wgmma_wait<0>();
+              apply_scale(products, scale[0], scale[1]);
+              break;
+            }
+            if (!advance(others, products)) {
+              wgmma_wait<0>();
+              apply_scale(others, scale[0], scale[1]);
+              break;
             }
           }
         }
-        wgmma_wait<0>();
-        release();
+        release(multiplied_full);
       }
 
       if (thread % 128 == 0) store_wait_read();  // The tile before this has left the staging.

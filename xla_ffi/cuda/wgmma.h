@@ -15,6 +15,15 @@ struct WgmmaPlan {
   double estimate = 0;  // microseconds, without a start that all plans have alike
 };
 
+// How a code becomes a value.
+enum class WgmmaMode {
+  kExact,    // four bits, scales in the type of x, groups that end between steps of 64
+  kSplit,    // the same, but scales in f16 under x in bf16: as sums of two bf16
+  kOnSums,   // four bits as q - z; the scales are applied to the sums of a stage, of one group
+  kGeneral,  // scales applied in f32, groups that end between steps
+  kFine,     // the same, with groups that end inside a step
+};
+
 // Clusters of `blocks` blocks, one block per multiprocessor, that are resident at once: what
 // cudaOccupancyMaxActiveClusters says on an H200, whose processing clusters are of unequal size.
 constexpr int wgmma_resident_clusters(int blocks, int processors) {
@@ -39,6 +48,9 @@ constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int 
 
 // Whether the kernel can take the problem. Looks at shapes and types alone.
 bool wgmma_supported(const Problem& problem);
+
+// The fastest for a problem in blocks of that size.
+WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m);
 
 WgmmaPlan wgmma_plan(const Problem& problem, const Device& device);
 

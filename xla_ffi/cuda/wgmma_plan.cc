@@ -9,15 +9,29 @@ bool wgmma_supported(const Problem& problem) {
   return problem.k % 8 == 0 && (problem.groups == 1 || problem.group_size % 16 == 0);
 }
 
+WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m) {
+  if (problem.groups > 1 && problem.group_size % kStepK != 0) return WgmmaMode::kFine;
+  if (problem.bits != 4) return WgmmaMode::kGeneral;
+  const bool exact = problem.scale_type == problem.type;
+  // Other blocks have no registers for more sums (256 x 64, 128 x 128, 128 x 256) or are slower.
+  const bool whole_stages = problem.groups == 1 || problem.group_size % (2 * kStepK) == 0;
+  if (whole_stages && block_n == 256 && block_m == 32) return WgmmaMode::kOnSums;
+  if (whole_stages && block_n == 128 && block_m == 64 && !exact) return WgmmaMode::kOnSums;
+  if (exact) return WgmmaMode::kExact;
+  return problem.type == Dtype::kBf16 && problem.scale_type == Dtype::kF16 ? WgmmaMode::kSplit
+                                                                           : WgmmaMode::kGeneral;
+}
+
 namespace {
 
-// Microseconds of one step of 64 along K of a block.
+// Microseconds of one step of 64 along K of a block, where scales have the type of x, and where
+// not.
 struct Tile {
   int block_n, block_m;
-  double step;
+  double step, converting_step;
 };
-constexpr Tile kTiles[] = {{256, 32, 0.40}, {256, 64, 0.48},  {128, 32, 0.24},
-                           {128, 64, 0.28}, {128, 128, 0.36}, {128, 256, 0.63}};
+constexpr Tile kTiles[] = {{256, 32, 0.39, 0.39}, {256, 64, 0.48, 0.58},  {128, 32, 0.24, 0.29},
+                           {128, 64, 0.28, 0.29}, {128, 128, 0.36, 0.43}, {128, 256, 0.63, 0.64}};
 
 // Microseconds beyond a start that all plans have alike; fitted to measurements on an H100, see
 // docs/h200_notes.md (2026-11-26, fourth). m counts in whole blocks only, so that K is cut in the
@@ -54,7 +68,9 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
            wgmma_works(problem, plan) > wgmma_resident_clusters(splits, processors))) {
         break;
       }
-      plan.estimate = estimate(problem, plan, tile.step, processors);
+      const bool converting = problem.bits == 4 && problem.scale_type != problem.type;
+      const double step = converting ? tile.converting_step : tile.step;
+      plan.estimate = estimate(problem, plan, step, processors);
       if (plan.estimate < best.estimate) best = plan;
     }
   }

@@ -212,21 +212,30 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
   "%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,"  \
   "%125,%126,%127"
 
-// d[64 x N] += a[64 x 16] b[N x 16]^T. `a` is this lane's fragment of four registers, `b` a
-// shared-memory descriptor.
+// d[64 x N] += a[64 x 16] b[N x 16]^T, or = to `start`. `a` is this lane's fragment of four
+// registers, `b` a shared-memory descriptor. What reads `d` after `settle` is not moved before it.
 template <class T, int kN>
 struct Wgmma;
 
-#define JAX_GPTQ_WGMMA(TYPE, NAME, N, REGS, OUTS, A0, A1, A2, A3, B)                           \
-  template <>                                                                                  \
-  struct Wgmma<TYPE, N> {                                                                      \
-    static __device__ __forceinline__ void multiply(float (&d)[N / 2], const uint32_t (&a)[4], \
-                                                    uint64_t b) {                              \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS   \
-                   "}, {%" A0 ",%" A1 ",%" A2 ",%" A3 "}, %" B ", 1, 1, 1, 0;"                 \
-                   : OUTS(d, 0)                                                                \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
-    }                                                                                          \
+#define JAX_GPTQ_WGMMA_ASM(NAME, N, REGS, OUTS, A0, A1, A2, A3, B, ACCUMULATE)           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS \
+               "}, {%" A0 ",%" A1 ",%" A2 ",%" A3 "}, %" B ", " ACCUMULATE ", 1, 1, 0;"  \
+               : OUTS(d, 0)                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define JAX_GPTQ_WGMMA(TYPE, NAME, N, REGS, OUTS, A0, A1, A2, A3, B)                        \
+  template <>                                                                               \
+  struct Wgmma<TYPE, N> {                                                                   \
+    static __device__ __forceinline__ void add(float (&d)[N / 2], const uint32_t (&a)[4],   \
+                                               uint64_t b) {                                \
+      JAX_GPTQ_WGMMA_ASM(NAME, N, REGS, OUTS, A0, A1, A2, A3, B, "1");                      \
+    }                                                                                       \
+    static __device__ __forceinline__ void start(float (&d)[N / 2], const uint32_t (&a)[4], \
+                                                 uint64_t b) {                              \
+      JAX_GPTQ_WGMMA_ASM(NAME, N, REGS, OUTS, A0, A1, A2, A3, B, "0");                      \
+    }                                                                                       \
+    static __device__ __forceinline__ void settle(float (&d)[N / 2]) {                      \
+      asm volatile("" : OUTS(d, 0) : : "memory");                                           \
+    }                                                                                       \
   };
 #define JAX_GPTQ_D128(d, i) JAX_GPTQ_D64(d, i), JAX_GPTQ_D64(d, i + 64)
 #define JAX_GPTQ_WGMMA_ALL(TYPE, NAME)                                                      \
@@ -238,6 +247,7 @@ JAX_GPTQ_WGMMA_ALL(Bf16, "bf16")
 JAX_GPTQ_WGMMA_ALL(F16, "f16")
 #undef JAX_GPTQ_WGMMA_ALL
 #undef JAX_GPTQ_WGMMA
+#undef JAX_GPTQ_WGMMA_ASM
 #undef JAX_GPTQ_R16
 #undef JAX_GPTQ_R32
 #undef JAX_GPTQ_R64

@@ -723,16 +723,16 @@ void Machine::wgmma_fence() {
                      [](const auto& lanes) { machine->warp_of(*lanes[0]).products.fence(); });
 }
 
-void Machine::wgmma(float* d, const uint32_t* a, uint64_t b, int n, bool bf16) {
+void Machine::wgmma(float* d, const uint32_t* a, uint64_t b, int n, bool bf16, bool accumulate) {
   struct Operands {
     float* d;
     const uint32_t* a;
     uint64_t b;
     int n;
-    bool bf16;
-  } mine{d, a, b, n, bf16};
+    bool bf16, accumulate;
+  } mine{d, a, b, n, bf16, accumulate};
   collective<Operands>("wgmma", mine, [](const auto& lanes) {
-    AsyncProduct product{lanes[0]->n, lanes[0]->bf16, lanes[0]->b, {}, {}};
+    AsyncProduct product{lanes[0]->n, lanes[0]->bf16, lanes[0]->accumulate, lanes[0]->b, {}, {}};
     for (int lane = 0; lane < kWarp; ++lane) {
       if (lanes[lane]->b != product.b) machine->fail("lanes disagree on a wgmma descriptor");
       product.a[lane] = lanes[lane]->a;

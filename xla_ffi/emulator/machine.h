@@ -210,9 +210,9 @@ class Machine {
   // One lane of the warp, whichever comes last.
   bool elect_one();
 
-  // wgmma, by warps: d += a b, of which the warp has 16 of the 64 rows.
+  // wgmma, by warps: d += a b or d = a b, of which the warp has 16 of the 64 rows.
   void wgmma_fence();
-  void wgmma(float* d, const uint32_t* a, uint64_t b, int n, bool bf16);
+  void wgmma(float* d, const uint32_t* a, uint64_t b, int n, bool bf16, bool accumulate);
   void wgmma_commit();
   void wgmma_wait(int pending);
 

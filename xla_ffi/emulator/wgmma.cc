@@ -102,6 +102,7 @@ void AsyncProducts::multiply(const AsyncProduct& product, const Read& read) {
     for (int row = 0; row < 16; ++row) {
       const int lane = row % 8 * 4 + column % 8 / 2;
       float& sum = sums[lane * count + column / 8 * 4 + row / 8 * 2 + column % 2];
+      if (!product.accumulate) sum = 0;
       for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k];
     }
   }

@@ -20,10 +20,10 @@
 
 namespace jax_gptq::emulator {
 
-// d[16 x n] += a[16 x 16] b[n x 16]^T of one warp.
+// d[16 x n] += a[16 x 16] b[n x 16]^T of one warp, or = where it does not accumulate.
 struct AsyncProduct {
   int n;
-  bool bf16;
+  bool bf16, accumulate;
   uint64_t b;  // descriptor
   std::array<const uint32_t*, 32> a;
   std::array<float*, 32> d;

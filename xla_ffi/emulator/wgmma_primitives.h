@@ -100,9 +100,13 @@ inline uint64_t swizzled_descriptor(uint32_t address) {
 
 template <class T, int kN>
 struct Wgmma {
-  static void multiply(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
-    machine->wgmma(d, a, b, kN, std::is_same_v<T, Bf16>);
+  static void add(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+    machine->wgmma(d, a, b, kN, std::is_same_v<T, Bf16>, true);
   }
+  static void start(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+    machine->wgmma(d, a, b, kN, std::is_same_v<T, Bf16>, false);
+  }
+  static void settle(float (&)[kN / 2]) {}
 };
 
 }  // namespace jax_gptq::cuda

@@ -5,7 +5,8 @@
 //   harness small                 a few small cases, once each: for compute-sanitizer
 //   harness streams               two streams at once give the bits that each gives alone
 //   harness ceilings              copy bandwidth, read bandwidth, an empty graph node
-//   harness tune M N K [f16]      every plan, the fastest first, and the chosen; with f16 scales
+//   harness tune M N K [SCALES BITS GROUP]   every plan, the fastest first, and the chosen; scales
+//                                 bf16, f16 or f32, 4 bits and groups of 128 where not said
 //
 // build.sh builds it for sm_90a.
 //
@@ -554,10 +555,8 @@ int streams(int first_m, int second_m) {
   return failed != 0;
 }
 
-void tune(int m, int n, int k, Dtype scale_dtype) {
-  Case c{m, n, k};
-  c.scale_dtype = scale_dtype;
-  c.copies = m > 1024 ? 3 : rotating_copies(c);
+void tune(Case c) {
+  c.copies = c.m > 1024 ? 3 : rotating_copies(c);
   Buffers buffers(c);
   std::vector<std::pair<double, std::string>> results;
   for (const Variant& variant : variants(buffers.problem())) {
@@ -577,12 +576,13 @@ void tune(int m, int n, int k, Dtype scale_dtype) {
   }
   std::sort(results.begin(), results.end(),
             [](const auto& a, const auto& b) { return a.first < b.first; });
-  std::printf("m %d n %d k %d scale %d\n", m, n, k, int(scale_dtype));
+  std::printf("m %d n %d k %d scale %d bits %d group %d\n", c.m, c.n, c.k, int(c.scale_dtype),
+              c.bits, c.group_size);
   for (size_t i = 0; i < results.size(); ++i) {
     if (i >= 5 && results[i].second.compare(0, 6, "chosen") != 0) continue;
     std::printf("  %8.2f us %6.0f GB/s %6.1f TFLOP/s  %s\n", results[i].first,
-                buffers.bytes() / results[i].first * 1e-3, 2e-6 * m * n * k / results[i].first,
-                results[i].second.c_str());
+                buffers.bytes() / results[i].first * 1e-3,
+                2e-6 * c.m * c.n * c.k / results[i].first, results[i].second.c_str());
   }
 }
 
@@ -647,10 +647,16 @@ int main(int argc, char** argv) {
     return 0;
   }
   if (command == "tune" && argc >= 5) {
-    tune(std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]),
-         argc > 5 && std::string(argv[5]) == "f16" ? Dtype::kF16 : Dtype::kBf16);
+    Case c{std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[4])};
+    const std::string scales = argc > 5 ? argv[5] : "bf16";
+    c.scale_dtype = scales == "f16" ? Dtype::kF16 : scales == "f32" ? Dtype::kF32 : Dtype::kBf16;
+    if (argc > 6) c.bits = std::atoi(argv[6]);
+    if (argc > 7) c.group_size = std::atoi(argv[7]);
+    tune(c);
     return 0;
   }
-  std::fprintf(stderr, "usage: harness check | small | streams | ceilings | tune M N K [f16]\n");
+  std::fprintf(
+      stderr,
+      "usage: harness check | small | streams | ceilings | tune M N K [SCALES BITS GROUP]\n");
   return 2;
 }
