@@ -1,5 +1,6 @@
 """Generation: caches, batches, stopping, sampling, what is compiled and what the HLO holds."""
 
+import itertools
 import re
 
 import jax
@@ -138,9 +139,14 @@ def test_a_stream_of_another_prompt_compiles_nothing(model):
 def test_stream_hands_over_the_same_tokens(model):
     ids = prompts(2, 5, seed=3)
     expected = model.generate(ids, max_new_tokens=11)
-    for chunk in (1, 4):
+    for chunk in (1, 4, None):
         pieces = list(generation.stream(model, ids, max_new_tokens=11, chunk=chunk))
-        assert max(piece.shape[1] for piece in pieces) == chunk
+        sizes = [piece.shape[1] for piece in pieces]
+        assert sizes[0] == 1
+        if chunk is None:
+            assert all(size <= 2 * before for before, size in itertools.pairwise(sizes))
+        else:
+            assert max(sizes) == chunk
         np.testing.assert_array_equal(np.concatenate(pieces, axis=1), expected)
 
 

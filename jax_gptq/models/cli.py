@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 def _timed(pieces: Iterator[np.ndarray], times: list[float]) -> Iterator[int]:
     """The tokens of the only row, noting when each came."""
     for piece in pieces:
-        times.append(time.perf_counter())
+        times.extend([time.perf_counter()] * piece.shape[1])
         yield from piece[0].tolist()
 
 

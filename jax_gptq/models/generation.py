@@ -1,6 +1,7 @@
 """Generation: one compiled prefill per prompt bucket, one compiled token loop per cache bucket."""
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from jax_gptq.errors import ModelError
 from jax_gptq.models.attention import KeyValue, make_context
 from jax_gptq.models.inputs import checked_ids, checked_lengths, token_positions
 from jax_gptq.models.sampling import Sampler
+
+# Of text on a screen, too short to be seen as a pause.
+_PIECE_SECONDS = 0.05
 
 
 def bucket(count: int) -> int:
@@ -126,11 +130,13 @@ def stream(
     key: Array | None = None,
     stop_tokens: Sequence[int] | None = None,
     *,
-    chunk: int = 1,
+    chunk: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """`CausalLM.generate`, handing over int32 [B, n] as the tokens come, `chunk` at a time.
+    """`CausalLM.generate`, handing over int32 [B, n] as the tokens come.
 
-    The last piece may be shorter; rows that have stopped hold the pad token.
+    The first piece is one token, the others `chunk` tokens, the last may be shorter; rows that have
+    stopped hold the pad token. None: as many as come in about `_PIECE_SECONDS`, as to start a loop
+    over tokens takes a host as long as a GPU takes for one or two.
     """
     ids = checked_ids(model.config, input_ids, max_new_tokens)
     if max_new_tokens < 1:
@@ -158,15 +164,18 @@ def stream(
         dtype=_cache_dtype(leaves[0]),
         pad=pad,
     )
-    done = 0
+    done, size, start = 0, chunk or 1, time.perf_counter()
     while True:
-        step, stopped = jax.device_get((progress.step, progress.stopped))
-        # Not tokens[:, done:step], which would be compiled anew for every piece.
-        yield np.asarray(jax.lax.dynamic_slice_in_dim(progress.tokens, done, step - done, axis=1))
+        tokens, step, stopped = jax.device_get((progress.tokens, progress.step, progress.stopped))
+        seconds = time.perf_counter() - start
+        if chunk is None and done > 0:
+            size = max(1, min(2 * size, int(size * _PIECE_SECONDS / seconds)))
+        yield tokens[:, done:step]
         done = int(step)
         if done >= max_new_tokens or stopped.all():
             return
-        until = np.int32(min(done + chunk, max_new_tokens))
+        start = time.perf_counter()
+        until = np.int32(min(done + size, max_new_tokens))
         progress = decode(structure, leaves, progress, sampler, stop, until, pad=pad)
 
 
