@@ -213,9 +213,32 @@ def test_bad_arguments(model, options, words):
         model.generate(prompts(2, 6), **options)
 
 
-def test_empty_prompt(model):
+def test_bad_prompts_and_chunks(model):
     with pytest.raises(errors.ModelError, match="at least one token"):
         model.generate(np.zeros((1, 0), np.int32))
+    with pytest.raises(errors.ModelError, match="at least one token"):
+        model(np.zeros((0, 3), np.int32))
+    with pytest.raises(errors.ModelError, match="32 bits, found 1 to 1099511627776"):
+        model.generate([[1, 1 << 40]])
+    with pytest.raises(errors.ModelError, match="chunk: expected at least 1, found 0"):
+        list(generation.stream(model, prompts(1, 3), chunk=0))
+
+
+def test_prompts_of_any_kind(model):
+    """Lists, NumPy arrays of any integers, device arrays, lists of traced tokens."""
+    ids = prompts(2, 5, seed=4)
+    expected = model.generate(ids, max_new_tokens=4)
+    for same in (ids.tolist(), ids.astype(np.int64), ids.astype(np.uint8), jnp.asarray(ids)):
+        np.testing.assert_array_equal(model.generate(same, max_new_tokens=4), expected)
+    logits = jax.jit(lambda first: model([[first, first]]))(3)
+    np.testing.assert_allclose(logits, model([[3, 3]]), rtol=1e-5, atol=1e-5)
+
+
+def test_pieces_are_small_and_stay_as_they_are(model):
+    pieces = list(generation.stream(model, prompts(2, 5, seed=3), max_new_tokens=40, chunk=1))
+    assert all(piece.base is None for piece in pieces)
+    expected = model.generate(prompts(2, 5, seed=3), max_new_tokens=40)
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), expected)
 
 
 def test_gpt2_ends_at_its_last_position():

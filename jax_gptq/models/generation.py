@@ -134,13 +134,19 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """`CausalLM.generate`, handing over int32 [B, n] as the tokens come.
 
-    The first piece is one token, the others `chunk` tokens, the last may be shorter; rows that have
-    stopped hold the pad token. None: as many as come in about `_PIECE_SECONDS`, as to start a loop
-    over tokens takes a host as long as a GPU takes for one or two.
+    The first piece is one token, the others `chunk` tokens; None: as many as come in about a
+    twentieth of a second, since every piece costs the host as long as a GPU takes for one or two
+    tokens. The last may be shorter; rows that have stopped hold the pad token. Changes of the model
+    while it generates do not reach it.
+
+    Raises:
+      ModelError: as `generate`, or a chunk below 1.
     """
     ids = checked_ids(model.config, input_ids, max_new_tokens)
     if max_new_tokens < 1:
         raise ModelError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
+    if chunk is not None and chunk < 1:
+        raise ModelError(f"chunk: expected at least 1, found {chunk}")
     batch, count = ids.shape
     lengths = checked_lengths(lengths, batch, count)
     sampler = Sampler.make(batch, temperature, top_k, top_p, key)
@@ -149,9 +155,9 @@ def stream(
     )
     pad = model.config.pad_token
     leaves, structure = jax.tree.flatten(model)  # once: it takes as long as a token on a GPU
-    # On the host, where no length of a prompt needs a compilation of its own.
-    padded = np.zeros((batch, bucket(count)), np.int32)
-    padded[:, :count] = ids
+    # Device arrays keep their sharding; on the host no length needs a compilation of its own.
+    pad_ids = jnp.pad if isinstance(ids, Array) else np.pad
+    padded = pad_ids(ids, ((0, 0), (0, bucket(count) - count)))
     slots = bucket(max(padded.shape[1], count + max_new_tokens))
     progress = prefill(
         structure,
@@ -166,11 +172,12 @@ def stream(
     )
     done, size, start = 0, chunk or 1, time.perf_counter()
     while True:
-        tokens, step, stopped = jax.device_get((progress.tokens, progress.step, progress.stopped))
+        step, stopped = jax.device_get((progress.step, progress.stopped))
         seconds = time.perf_counter() - start
         if chunk is None and done > 0:
             size = max(1, min(2 * size, int(size * _PIECE_SECONDS / seconds)))
-        yield tokens[:, done:step]
+        # Copies: a view of a CPU's array would keep it from being updated in place.
+        yield np.array(progress.tokens)[:, done:step].copy()
         done = int(step)
         if done >= max_new_tokens or stopped.all():
             return

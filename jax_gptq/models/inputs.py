@@ -1,5 +1,6 @@
 """Checks of what a model is given."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -17,11 +18,18 @@ def token_positions(input_ids: Array) -> Array:
 def checked_ids(
     config: DecoderConfig, input_ids: ArrayLike, new_tokens: int = 0
 ) -> Array | np.ndarray:
-    """input_ids as int32 [B, T], on the host if they were, that fit the model; or a ModelError."""
-    ids = input_ids if isinstance(input_ids, Array) else np.asarray(input_ids)
+    """input_ids as int32 [B, T] that fit the model, or a ModelError. NumPy's stay on the host."""
+    traced = any(isinstance(leaf, Array) for leaf in jax.tree.leaves(input_ids))
+    ids = jnp.asarray(input_ids) if traced else np.asarray(input_ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ModelError(
             f"input_ids: expected integers [batch, length], found {ids.dtype} of shape {ids.shape}"
+        )
+    if 0 in ids.shape:
+        raise ModelError(f"input_ids: expected at least one token per row, found shape {ids.shape}")
+    if isinstance(ids, np.ndarray) and (ids.astype(np.int32) != ids).any():
+        raise ModelError(
+            f"input_ids: expected token ids of 32 bits, found {ids.min()} to {ids.max()}"
         )
     limit = position_limit(config)
     if limit is not None and ids.shape[1] + new_tokens > limit:
@@ -44,8 +52,6 @@ def position_limit(config: DecoderConfig) -> int | None:
 
 def checked_lengths(lengths: ArrayLike | None, batch: int, count: int) -> Array:
     """lengths as an int32 array [B] between 1 and `count`, or a ModelError."""
-    if count == 0:
-        raise ModelError("input_ids: expected at least one token per row, found none")
     if lengths is None:
         return jnp.full((batch,), count, jnp.int32)
     found = np.asarray(lengths)

@@ -223,18 +223,11 @@ inline WgmmaMaps wgmma_maps(const Problem& problem, const WgmmaPlan& plan,
 
 // ---- Dequantization ------------------------------------------------------------------------
 
-constexpr uint32_t kMagicF16 = 0x64006400u;   // 1024: the unit in the last place is 1
-constexpr uint32_t kMagicBf16 = 0x43004300u;  // 128: the same
-constexpr uint32_t kMagicF32 = 0x4b000000u;   // 2^23: the same
-
-template <class T>
-constexpr uint32_t magic() {
-  return std::is_same<T, F16>::value ? kMagicF16 : kMagicBf16;
-}
+constexpr uint32_t kMagicF32 = 0x4b000000u;  // 2^23: the unit in the last place is 1
 
 // Scale and zero point of this lane's two rows of one 64-row tile, rows r and r + 8.
 //   kOnSums: the scale in f32, the zero point as exact_fragment subtracts it;
-//   kExact and kSplit: both as duplicated pairs, the zero point with the magic number of the type
+//   kExact and kSplit: both as duplicated pairs, the zero point with the number of fragment.cuh
 //   added; otherwise the scale in f32, and the zero point as such a pair of bf16 (4 bits) or in
 //   f32, plus 2^23 (8 bits).
 struct WgmmaParameters {
@@ -257,16 +250,16 @@ __device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint
       p.zero[i] = prepare_zero<T, kBits>(zero);
     } else if constexpr (kMode == WgmmaMode::kExact) {
       p.scale[i] = ld_shared<uint16_t>(scales + 16 * i) * 0x00010001u;
-      p.zero[i] = pair + magic<T>();
+      p.zero[i] = pair + kNumber<T>;
     } else if constexpr (kMode == WgmmaMode::kSplit) {
       const float scale = to_float<F16>(ld_shared<uint16_t>(scales + 16 * i));
       const uint16_t rounded = from_float<Bf16>(scale);
       p.scale[i] = rounded * 0x00010001u;
       p.rest[i] = from_float<Bf16>(scale - to_float<Bf16>(rounded)) * 0x00010001u;
-      p.zero[i] = pair + kMagicBf16;
+      p.zero[i] = pair + kNumber<Bf16>;
     } else {
       p.scale[i] = float_bits(load_scale(scales, 8 * i, scale_type));
-      p.zero[i] = kBits == 4 ? pair + kMagicBf16 : zero | kMagicF32;
+      p.zero[i] = kBits == 4 ? pair + kNumber<Bf16> : zero | kMagicF32;
     }
   }
   return p;
@@ -276,12 +269,11 @@ __device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint
 template <class T, WgmmaMode kMode>
 __device__ __forceinline__ void dequantize4(uint32_t (&a)[4], uint32_t word,
                                             const WgmmaParameters& p) {
-  constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;
   using Exact =
       std::conditional_t<kMode == WgmmaMode::kExact, T, Bf16>;  // the type that holds q - z
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t codes = lop3<kAndOr>(word >> (4 * i), 0x000f000fu, magic<Exact>());
+    const uint32_t codes = lop3<kAndOr>(word >> (4 * i), 0x000f000fu, kNumber<Exact>);
     const uint32_t exact = sub2<Exact>(codes, p.zero[i % 2]);
     if constexpr (kMode == WgmmaMode::kExact) {
       a[i] = mul2<T>(exact, p.scale[i % 2]);
@@ -698,8 +690,10 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           wgmma_wait<0>();
         } else {
           // The products of a stage, which is of one group, and those of the next. The next begins
-          // before the former are read, so that the tensor cores do not wait. The compiler follows
-          // which are under way only where both are named within one round of the loop.
+          // before the former are read, so that the tensor cores do not wait. ptxas follows which
+          // are under way, and does not wait for all, only where both are named within one round of
+          // the loop and the sums are read in each of its two exits. With this loop the other
+          // modes were slower: they lost uniform registers. See docs/h200_notes.md, sixth.
           float products[kSums], others[kSums];
           uint32_t scale[2];
           int step = first_step;

@@ -15,7 +15,7 @@ struct WgmmaPlan {
   double estimate = 0;  // microseconds, without a start that all plans have alike
 };
 
-// How a code becomes a value.
+// Where and how the scales apply.
 enum class WgmmaMode {
   kExact,    // four bits, scales in the type of x, groups that end between steps of 64
   kSplit,    // the same, but scales in f16 under x in bf16: as sums of two bf16
@@ -49,7 +49,7 @@ constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int 
 // Whether the kernel can take the problem. Looks at shapes and types alone.
 bool wgmma_supported(const Problem& problem);
 
-// The fastest for a problem in blocks of that size.
+// The mode for a problem in blocks of that size.
 WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m);
 
 WgmmaPlan wgmma_plan(const Problem& problem, const Device& device);

@@ -24,18 +24,25 @@ WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m) {
 
 namespace {
 
-// Microseconds of one step of 64 along K of a block, where scales have the type of x, and where
-// not.
+// Microseconds of one step of 64 along K of a block, by mode; what was not measured counts as
+// kExact.
 struct Tile {
   int block_n, block_m;
-  double step, converting_step;
+  double exact, split, on_sums;
 };
-constexpr Tile kTiles[] = {{256, 32, 0.39, 0.39}, {256, 64, 0.48, 0.58},  {128, 32, 0.24, 0.29},
-                           {128, 64, 0.28, 0.29}, {128, 128, 0.36, 0.43}, {128, 256, 0.63, 0.64}};
+constexpr Tile kTiles[] = {{256, 32, 0.40, 0.47, 0.39}, {256, 64, 0.48, 0.58, 0.0},
+                           {128, 32, 0.24, 0.29, 0.0},  {128, 64, 0.28, 0.33, 0.29},
+                           {128, 128, 0.36, 0.43, 0.0}, {128, 256, 0.63, 0.64, 0.0}};
+
+double step_time(const Problem& problem, const Tile& tile) {
+  const WgmmaMode mode = wgmma_mode(problem, tile.block_n, tile.block_m);
+  if (mode == WgmmaMode::kOnSums) return tile.on_sums;
+  return mode == WgmmaMode::kSplit ? tile.split : tile.exact;
+}
 
 // Microseconds beyond a start that all plans have alike; fitted to measurements on an H100, see
-// docs/h200_notes.md (2026-11-26, fourth). m counts in whole blocks only, so that K is cut in the
-// same way for all m with the same number of blocks.
+// docs/h200_notes.md (2026-11-26, fourth and sixth). m counts in whole blocks only, so that K is
+// cut in the same way for all m with the same number of blocks.
 double estimate(const Problem& problem, const WgmmaPlan& plan, double step, int processors) {
   constexpr double kWave = 2.0, kSplit = 0.2, kPerSplit = 0.2, kPerKilobyte = 0.04;
   const double product = ceil_div(ceil_div(steps_k(problem.k), 2), plan.splits) * 2 * step;
@@ -68,9 +75,7 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
            wgmma_works(problem, plan) > wgmma_resident_clusters(splits, processors))) {
         break;
       }
-      const bool converting = problem.bits == 4 && problem.scale_type != problem.type;
-      const double step = converting ? tile.converting_step : tile.step;
-      plan.estimate = estimate(problem, plan, step, processors);
+      plan.estimate = estimate(problem, plan, step_time(problem, tile), processors);
       if (plan.estimate < best.estimate) best = plan;
     }
   }

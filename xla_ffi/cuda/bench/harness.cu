@@ -503,6 +503,7 @@ int check(int runs) {
   for (int m : {1, 2, 4, 8, 16}) run_case({m, 4096, 4096}, runs);
   for (int m : {17, 33, 64, 100, 128, 129, 257, 300}) run_case({m, 1000, 1048}, 2);
   run_case({64, 4096, 4096}, runs);
+  run_case({64, 4096, 4096, 4, 128, Dtype::kBf16, Dtype::kF16}, runs);
   run_case({256, 4096, 4096}, runs);
   run_case({1000, 4096, 4096}, 5);
   std::printf("check: %d cases, %d failed\n", cases, failed);
@@ -515,7 +516,8 @@ int small() {
        {Case{17, 200, 136}, Case{64, 320, 640, 4, 64}, Case{100, 257, 264, 4, 32},
         Case{33, 192, 256, 8, 128}, Case{300, 384, 512}, Case{1, 200, 136},
         Case{2, 320, 640, 4, 64}, Case{1, 257, 264, 8, 32}, Case{7, 257, 264},
-        Case{16, 192, 1024, 8, 64}, Case{4, 320, 640, 4, 64}, Case{3, 257, 264, 8, 32}}) {
+        Case{16, 192, 1024, 8, 64}, Case{4, 320, 640, 4, 64}, Case{3, 257, 264, 8, 32},
+        Case{40, 300, 1304, 4, 128, Dtype::kBf16, Dtype::kF16}}) {
     Buffers buffers(c);
     for (const Variant& variant : variants(buffers.problem())) {
       failed += !check_case(c, variant, buffers, 1);
@@ -652,6 +654,11 @@ int main(int argc, char** argv) {
     c.scale_dtype = scales == "f16" ? Dtype::kF16 : scales == "f32" ? Dtype::kF32 : Dtype::kBf16;
     if (argc > 6) c.bits = std::atoi(argv[6]);
     if (argc > 7) c.group_size = std::atoi(argv[7]);
+    const bool known = scales == "bf16" || c.scale_dtype != Dtype::kBf16;
+    if (!known || (c.bits != 4 && c.bits != 8)) {
+      std::fprintf(stderr, "tune: SCALES are bf16, f16 or f32, BITS 4 or 8\n");
+      return 2;
+    }
     tune(c);
     return 0;
   }
