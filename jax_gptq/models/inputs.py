@@ -19,15 +19,16 @@ def checked_ids(
     config: DecoderConfig, input_ids: ArrayLike, new_tokens: int = 0
 ) -> Array | np.ndarray:
     """input_ids as int32 [B, T] that fit the model, or a ModelError. NumPy's stay on the host."""
-    traced = any(isinstance(leaf, Array) for leaf in jax.tree.leaves(input_ids))
-    ids = jnp.asarray(input_ids) if traced else np.asarray(input_ids)
+    on_device = any(isinstance(leaf, Array) for leaf in jax.tree.leaves(input_ids))
+    ids = jnp.asarray(input_ids) if on_device else np.asarray(input_ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ModelError(
             f"input_ids: expected integers [batch, length], found {ids.dtype} of shape {ids.shape}"
         )
     if 0 in ids.shape:
         raise ModelError(f"input_ids: expected at least one token per row, found shape {ids.shape}")
-    if isinstance(ids, np.ndarray) and (ids.astype(np.int32) != ids).any():
+    narrow = ids.astype(np.int32)
+    if not on_device and (narrow != ids).any():
         raise ModelError(
             f"input_ids: expected token ids of 32 bits, found {ids.min()} to {ids.max()}"
         )
@@ -37,7 +38,7 @@ def checked_ids(
             f"input_ids: this model has {limit} positions, found {ids.shape[1]} tokens and "
             f"{new_tokens} to generate"
         )
-    return ids.astype(np.int32)
+    return narrow
 
 
 def position_limit(config: DecoderConfig) -> int | None:

@@ -35,26 +35,30 @@ __device__ __forceinline__ uint32_t prepare_zero(uint32_t zero) {
   }
 }
 
+// Register i of exact_fragment.
+template <class T, int kBits>
+__device__ __forceinline__ uint32_t exact_pair(int i, const uint32_t* words, const uint32_t* zero) {
+  if constexpr (kBits == 4) {
+    return sub2<T>(lop3<kAndOr>(words[0] >> (4 * i), 0x000f000fu, kNumber<T>), zero[i % 2]);
+  } else if constexpr (!kThroughFloat<T, kBits>) {
+    const uint32_t codes = words[i / 2] >> (8 * (i % 2));
+    return sub2<T>(lop3<kAndOr>(codes, 0x00ff00ffu, kNumber<T>), zero[i % 2]);
+  } else {
+    const float number = bits_float(zero[i % 2]);
+    const float low = bits_float(prmt(words[i / 2], 0x4b000000u, 0x7650 + i % 2)) - number;
+    const float high = bits_float(prmt(words[i / 2], 0x4b000000u, 0x7652 + i % 2)) - number;
+    // Integers of 8 bits: the upper halves of their f32 are their bf16, exactly.
+    return prmt(float_bits(low), float_bits(high), 0x7632);
+  }
+}
+
 // The fragment of q - z for one step of 16 along k, from one word at 4 bits, two at 8. zero[0] is
 // for the row of registers 0 and 2, zero[1] for that of registers 1 and 3.
 template <class T, int kBits>
 __device__ __forceinline__ void exact_fragment(uint32_t (&a)[4], const uint32_t* words,
                                                const uint32_t* zero) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kBits == 4) {
-      a[i] = sub2<T>(lop3<kAndOr>(words[0] >> (4 * i), 0x000f000fu, kNumber<T>), zero[i % 2]);
-    } else if constexpr (!kThroughFloat<T, kBits>) {
-      const uint32_t codes = words[i / 2] >> (8 * (i % 2));
-      a[i] = sub2<T>(lop3<kAndOr>(codes, 0x00ff00ffu, kNumber<T>), zero[i % 2]);
-    } else {
-      const float number = bits_float(zero[i % 2]);
-      const float low = bits_float(prmt(words[i / 2], 0x4b000000u, 0x7650 + i % 2)) - number;
-      const float high = bits_float(prmt(words[i / 2], 0x4b000000u, 0x7652 + i % 2)) - number;
-      // Integers of 8 bits: the upper halves of their f32 are their bf16, exactly.
-      a[i] = prmt(float_bits(low), float_bits(high), 0x7632);
-    }
-  }
+  for (int i = 0; i < 4; ++i) a[i] = exact_pair<T, kBits>(i, words, zero);
 }
 
 // Scale `index` of those of `type` at `base` in shared memory, exactly.

@@ -35,18 +35,18 @@ cudaError_t launch_tiles(const Problem& problem, const WgmmaPlan& plan, cudaStre
 
 template <class T, int kBits, WgmmaMode kMode>
 cudaError_t launch_block(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream) {
-#define JAX_GPTQ_BLOCK(BLOCK_N, BLOCK_M)                                           \
-  if (plan.block_n == BLOCK_N && plan.block_m == BLOCK_M) {                        \
-    return launch_tiles<T, kBits, kMode, BLOCK_N, BLOCK_M>(problem, plan, stream); \
+#define JAX_GPTQ_BLOCK(BLOCK_N, BLOCK_M)                                             \
+  if constexpr (kMode != WgmmaMode::kOnSums || wgmma_on_sums(BLOCK_N, BLOCK_M)) {    \
+    if (plan.block_n == BLOCK_N && plan.block_m == BLOCK_M) {                        \
+      return launch_tiles<T, kBits, kMode, BLOCK_N, BLOCK_M>(problem, plan, stream); \
+    }                                                                                \
   }
   JAX_GPTQ_BLOCK(256, 32)
+  JAX_GPTQ_BLOCK(256, 64)
+  JAX_GPTQ_BLOCK(128, 32)
   JAX_GPTQ_BLOCK(128, 64)
-  if constexpr (kMode != WgmmaMode::kOnSums) {
-    JAX_GPTQ_BLOCK(256, 64)
-    JAX_GPTQ_BLOCK(128, 32)
-    JAX_GPTQ_BLOCK(128, 128)
-    JAX_GPTQ_BLOCK(128, 256)
-  }
+  JAX_GPTQ_BLOCK(128, 128)
+  JAX_GPTQ_BLOCK(128, 256)
 #undef JAX_GPTQ_BLOCK
   return cudaErrorInvalidConfiguration;
 }

@@ -226,7 +226,7 @@ inline WgmmaMaps wgmma_maps(const Problem& problem, const WgmmaPlan& plan,
 constexpr uint32_t kMagicF32 = 0x4b000000u;  // 2^23: the unit in the last place is 1
 
 // Scale and zero point of this lane's two rows of one 64-row tile, rows r and r + 8.
-//   kOnSums: the scale in f32, the zero point as exact_fragment subtracts it;
+//   kOnSums: the scale in f32, the zero point as exact_pair subtracts it;
 //   kExact and kSplit: both as duplicated pairs, the zero point with the number of fragment.cuh
 //   added; otherwise the scale in f32, and the zero point as such a pair of bf16 (4 bits) or in
 //   f32, plus 2^23 (8 bits).
@@ -269,13 +269,14 @@ __device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint
 template <class T, WgmmaMode kMode>
 __device__ __forceinline__ void dequantize4(uint32_t (&a)[4], uint32_t word,
                                             const WgmmaParameters& p) {
-  using Exact =
-      std::conditional_t<kMode == WgmmaMode::kExact, T, Bf16>;  // the type that holds q - z
+  constexpr bool kAsX = kMode == WgmmaMode::kExact || kMode == WgmmaMode::kOnSums;
+  using Exact = std::conditional_t<kAsX, T, Bf16>;  // the type that holds q - z
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t codes = lop3<kAndOr>(word >> (4 * i), 0x000f000fu, kNumber<Exact>);
-    const uint32_t exact = sub2<Exact>(codes, p.zero[i % 2]);
-    if constexpr (kMode == WgmmaMode::kExact) {
+    const uint32_t exact = exact_pair<Exact, 4>(i, &word, p.zero);
+    if constexpr (kMode == WgmmaMode::kOnSums) {
+      a[i] = exact;
+    } else if constexpr (kMode == WgmmaMode::kExact) {
       a[i] = mul2<T>(exact, p.scale[i % 2]);
     } else if constexpr (kMode == WgmmaMode::kSplit) {
       // f16 has 11 bits: the rest of a scale has 3, its product with 5 bits of q - z is exact, and
@@ -609,11 +610,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       uint32_t (&fragment)[4] = fragments[piece % kHeld];
       if constexpr (kBits == 4) {
         const uint32_t step_words[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
-        if constexpr (kOnSums) {
-          exact_fragment<T, kBits>(fragment, &step_words[piece % 4], parameters.zero);
-        } else {
-          dequantize4<T, kMode>(fragment, step_words[piece % 4], parameters);
-        }
+        dequantize4<T, kMode>(fragment, step_words[piece % 4], parameters);
       } else {
         const uint4 w = words[piece % 4 / 2];
         const bool second = piece % 2 == 1;
@@ -694,6 +691,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           // are under way, and does not wait for all, only where both are named within one round of
           // the loop and the sums are read in each of its two exits. With this loop the other
           // modes were slower: they lost uniform registers. See docs/h200_notes.md, sixth.
+          static_assert(kParts == 1 && kSteps == 2, "a stage is 128 along K, of one warpgroup");
           float products[kSums], others[kSums];
           uint32_t scale[2];
           int step = first_step;

@@ -49,6 +49,10 @@ constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int 
 // Whether the kernel can take the problem. Looks at shapes and types alone.
 bool wgmma_supported(const Problem& problem);
 
+// Blocks in which kOnSums was worth it: 256 x 32 and 128 x 64. Larger ones have no registers for
+// two sets of accumulators beside the sums, 128 x 32 is slower.
+constexpr bool wgmma_on_sums(int block_n, int block_m) { return block_n * block_m == 256 * 32; }
+
 // The mode for a problem in blocks of that size.
 WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m);
 

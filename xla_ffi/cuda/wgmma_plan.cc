@@ -13,10 +13,11 @@ WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m) {
   if (problem.groups > 1 && problem.group_size % kStepK != 0) return WgmmaMode::kFine;
   if (problem.bits != 4) return WgmmaMode::kGeneral;
   const bool exact = problem.scale_type == problem.type;
-  // Other blocks have no registers for more sums (256 x 64, 128 x 128, 128 x 256) or are slower.
   const bool whole_stages = problem.groups == 1 || problem.group_size % (2 * kStepK) == 0;
-  if (whole_stages && block_n == 256 && block_m == 32) return WgmmaMode::kOnSums;
-  if (whole_stages && block_n == 128 && block_m == 64 && !exact) return WgmmaMode::kOnSums;
+  // At 128 x 64 scaling sums takes as long as one multiplication per pair of weights.
+  if (whole_stages && wgmma_on_sums(block_n, block_m) && (block_n == 256 || !exact)) {
+    return WgmmaMode::kOnSums;
+  }
   if (exact) return WgmmaMode::kExact;
   return problem.type == Dtype::kBf16 && problem.scale_type == Dtype::kF16 ? WgmmaMode::kSplit
                                                                            : WgmmaMode::kGeneral;
@@ -28,11 +29,12 @@ namespace {
 // kExact.
 struct Tile {
   int block_n, block_m;
-  double exact, split, on_sums;
+  double exact, split;
+  double on_sums = std::numeric_limits<double>::infinity();  // there is none
 };
-constexpr Tile kTiles[] = {{256, 32, 0.40, 0.47, 0.39}, {256, 64, 0.48, 0.58, 0.0},
-                           {128, 32, 0.24, 0.29, 0.0},  {128, 64, 0.28, 0.33, 0.29},
-                           {128, 128, 0.36, 0.43, 0.0}, {128, 256, 0.63, 0.64, 0.0}};
+constexpr Tile kTiles[] = {{256, 32, 0.40, 0.47, 0.39}, {256, 64, 0.48, 0.58},
+                           {128, 32, 0.24, 0.29},       {128, 64, 0.28, 0.33, 0.29},
+                           {128, 128, 0.36, 0.43},      {128, 256, 0.63, 0.64}};
 
 double step_time(const Problem& problem, const Tile& tile) {
   const WgmmaMode mode = wgmma_mode(problem, tile.block_n, tile.block_m);
@@ -65,6 +67,7 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
     // Not half empty, and of the smallest only one: it reads the weight again for the next.
     if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > 32) continue;
     // Of the largest tile's sums those of three parts fit into shared memory; two are enough.
+    const double step = step_time(problem, tile);
     const int most = tile.block_m == 256 ? 2 : kMaxClusterSplits;
     for (int splits = 1; splits <= most; ++splits) {
       WgmmaPlan plan{tile.block_n, tile.block_m, 1, splits, 0};
@@ -75,7 +78,7 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
            wgmma_works(problem, plan) > wgmma_resident_clusters(splits, processors))) {
         break;
       }
-      plan.estimate = estimate(problem, plan, step_time(problem, tile), processors);
+      plan.estimate = estimate(problem, plan, step, processors);
       if (plan.estimate < best.estimate) best = plan;
     }
   }
