@@ -164,13 +164,14 @@ KERNELS = {
     "decode, x shared": (90, 132, (5, 712, 100), ["decode"]),
     "decode, x shared, many strips": (90, 3, (6, 2056, 600), ["decode"]),
     "decode, x shared, many rows": (90, 132, (14, 2056, 100), ["decode"]),
-    "decode, cluster": (90, 132, (8, 16384, 64), ["decode"]),
+    "decode, cluster": (90, 132, (4, 32768, 64), ["decode"]),
     "digits, workspace": (80, 108, (2, 32768, 64), ["decode", "reduce"]),
     "digits, cluster": (90, 132, (2, 32768, 64), ["decode"]),
     "mma": (80, 2, (40, 192, 130), ["mma"]),
     "mma, workspace": (80, 108, (40, 512, 130), ["mma", "reduce"]),
     "wgmma": (90, 2, (40, 192, 130), ["wgmma"]),
     "wgmma, cluster": (90, 132, (40, 768, 130), ["wgmma"]),
+    "wgmma, few rows of a long K": (90, 132, (5, 16392, 64), ["wgmma"]),
     "wgmma, multicast": (90, 2, (300, 128, 300), ["wgmma"]),
     "wgmma, steps shared": (90, 132, (20, 192, 128), ["wgmma"]),
     "wgmma, steps shared, many tiles": (90, 2, (20, 1920, 640), ["wgmma"]),
@@ -222,7 +223,8 @@ FORMATS = [
     ("columns", "splits"), [(1, 1), (2, 1), (1, 2), (1, 3), (1, 4), (1, 5), (1, 6), (1, 8), (2, 3)]
 )
 @pytest.mark.parametrize(
-    ("block_n", "block_m"), [(256, 32), (256, 64), (128, 32), (128, 64), (128, 128), (128, 256)]
+    ("block_n", "block_m"),
+    [(256, 16), (256, 32), (256, 64), (128, 32), (128, 64), (128, 128), (128, 256)],
 )
 def test_every_plan_of_wgmma(block_n, block_m, columns, splits):
     """Also those that no shape of this file leads to, and with parts of K that are empty."""
@@ -253,7 +255,7 @@ def test_every_plan_of_wgmma(block_n, block_m, columns, splits):
         ("float16", "float32", -1),
     ],
 )
-@pytest.mark.parametrize(("block_n", "block_m"), [(256, 32), (128, 64)])
+@pytest.mark.parametrize(("block_n", "block_m"), [(256, 16), (256, 32), (128, 64), (128, 128)])
 @pytest.mark.parametrize(("columns", "splits"), [(1, 1), (2, 1), (1, 3)])
 def test_scales_applied_to_sums_of_wgmma(
     columns, splits, block_n, block_m, dtype, scales, group_size

@@ -91,12 +91,12 @@ Plan plan_mma(const Problem& p, const Device& device) {
 
 Plan make_plan(const Problem& p, const Device& device) {
   if (p.m == 0 || !supported(device)) return {};
-  const bool wgmma = p.m > 8 && device.arch == 90 && wgmma_supported(p);
+  const bool wgmma = p.m > 4 && device.arch == 90 && wgmma_supported(p);
   if (p.m <= kDecodeRows) {
     const Plan plan = plan_decode(p, device);
     if (plan.kernel != Kernel::kNone &&
-        (!wgmma ||
-         (plan.splits == 1 && decode_estimate(p, plan) < wgmma_plan(p, device).estimate))) {
+        (!wgmma || (plan.splits == 1 &&
+                    (p.m <= 8 || decode_estimate(p, plan) < wgmma_plan(p, device).estimate)))) {
       return plan;
     }
   }

@@ -51,7 +51,7 @@ struct Device {
 
 enum class Kernel : int {
   kNone,    // no rows: nothing to launch
-  kDecode,  // m <= 16 (sm_90a: 9 to 16 where an estimate says so), scales on f32 accumulators
+  kDecode,  // m <= 16 (sm_90a: 5 to 16 only where K is not split), scales on f32 accumulators
   kMma,     // larger m, mma.sync, weights rounded once
   kWgmma,   // larger m, sm_90a, weights rounded once or not at all
 };

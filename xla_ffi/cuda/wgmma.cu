@@ -41,6 +41,7 @@ cudaError_t launch_block(const Problem& problem, const WgmmaPlan& plan, cudaStre
       return launch_tiles<T, kBits, kMode, BLOCK_N, BLOCK_M>(problem, plan, stream); \
     }                                                                                \
   }
+  JAX_GPTQ_BLOCK(256, 16)
   JAX_GPTQ_BLOCK(256, 32)
   JAX_GPTQ_BLOCK(256, 64)
   JAX_GPTQ_BLOCK(128, 32)

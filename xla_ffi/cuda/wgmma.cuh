@@ -10,8 +10,8 @@
 //                     all through tensor maps, as many stages of one or two steps of 64 along K
 //                     ahead as fit.
 //   the other         each owns 64 output features, in half of the steps where there are two for
-//   warpgroups        the same. While the tensor cores multiply one piece (16 along K), its warps
-//   (the consumers)   dequantize those after it.
+//   warpgroups        the same. It dequantizes a whole stage, hands over its products and reads the
+//   (the consumers)   codes of the next, while others are elsewhere in that round.
 //
 // A cluster is `columns` x `splits` blocks: `columns` neighbouring output tiles that share x by
 // multicast, and `splits` parts of K whose f32 partial sums are added through distributed shared
@@ -534,14 +534,11 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     const int feature_tile = (warpgroup - 1) % kTiles;  // of the block
     const int row = 16 * warp + lane / 4;  // of a 64-row tile; the lane also has row + 8
 
-    // A piece is 16 along K. Of the fragments that are held, kAhead are ready or being made, the
-    // others are being multiplied. How many was measured.
-    constexpr int kHeld = 4;
-    constexpr int kAhead = kBlockN == 256 ? 3 : 2;
+    // A piece is 16 along K. All of a stage are dequantized, then all multiplied: to overlap both
+    // within a warpgroup is slower, as every wait costs (docs/h200_notes.md, seventh).
     constexpr int kOwnSteps = kSteps / kParts;  // in a stage, from `part` on
     constexpr int kPieces = 4 * kOwnSteps;
-    uint32_t fragments[kHeld][4];
-    uint4 words[kBits / 4];  // codes of a step
+    uint4 words[kOwnSteps][kBits / 4];  // codes of a stage
     WgmmaParameters parameters;
 
     const uint32_t lane_codes = args.stage.codes +
@@ -570,26 +567,34 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           fetched + lane_zeros + group_row * kTileN, args.scale_type);
     };
 
-    // Reads the codes of the own_step-th of this warpgroup's steps in the stage that begins at
-    // `step`, and its parameters if a group begins; waits for a new stage.
-    const auto fetch = [&](int step, int own_step) {
-      if (own_step == 0) barrier_wait(fetched_full, fetched_phase);
-#pragma unroll
-      for (int i = 0; i < kBits / 4; ++i) {
-        words[i] =
-            ld_shared<uint4>(fetched + lane_codes + i * kTileBytes + own_step * step_bytes(kBits));
-      }
+    // Comes to the own_step-th of this warpgroup's steps in the fetched stage, which begins at
+    // `step`: reads the parameters if a group begins.
+    const auto begin_step = [&](int step, int own_step) {
       if (kMode == WgmmaMode::kFine) return;
       if (kParts > 1 && args.group_rows > 1) {
         load_group(group_of(args, (step + part) * 4) - group_of(args, step * 4));
         return;
       }
-      if (steps_left == 0) {
+      // In kOnSums a stage is of one group.
+      if (steps_left == 0 && !(kOnSums && own_step > 0)) {
         // One that begins in the second step of a stage is the second of its rows.
         load_group(own_step);
         steps_left = args.group_steps;
       }
       steps_left -= kParts;
+    };
+    // Waits for a new stage, which begins at `step`, and reads this warpgroup's codes.
+    const auto fetch = [&](int step) {
+      barrier_wait(fetched_full, fetched_phase);
+#pragma unroll
+      for (int own_step = 0; own_step < kOwnSteps; ++own_step) {
+#pragma unroll
+        for (int i = 0; i < kBits / 4; ++i) {
+          words[own_step][i] = ld_shared<uint4>(fetched + lane_codes + i * kTileBytes +
+                                                own_step * step_bytes(kBits));
+        }
+      }
+      begin_step(step, 0);
     };
     const auto next_stage = [&] {
       fetched += args.stage.size;
@@ -602,29 +607,19 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       }
     };
 
-    // A piece of the fetched stage, which begins at `step`, into its fragment.
-    const auto dequantize = [&](int step, int piece) {
+    // A piece of the fetched stage, which begins at `step`, into its fragment; in order.
+    const auto dequantize = [&](uint32_t (&fragment)[4], int step, int piece) {
+      if (piece == 4) begin_step(step, 1);
       if (kMode == WgmmaMode::kFine) {
         load_group(group_of(args, (step + part) * 4 + piece) - group_of(args, step * 4));
       }
-      uint32_t (&fragment)[4] = fragments[piece % kHeld];
+      const uint4 w = words[piece / 4][kBits == 4 ? 0 : piece % 4 / 2];
       if constexpr (kBits == 4) {
-        const uint32_t step_words[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
+        const uint32_t step_words[4] = {w.x, w.y, w.z, w.w};
         dequantize4<T, kMode>(fragment, step_words[piece % 4], parameters);
       } else {
-        const uint4 w = words[piece % 4 / 2];
         const bool second = piece % 2 == 1;
         dequantize8<T>(fragment, second ? w.z : w.x, second ? w.w : w.y, parameters);
-      }
-    };
-
-    const auto prepare = [&](int step, int piece, bool more) {
-      dequantize(step, piece);
-      if (piece + 1 == kPieces) {
-        next_stage();
-        if (more) fetch(step + kSteps, 0);
-      } else if (piece % 4 == 3) {
-        fetch(step, (piece + 1) / 4);
       }
     };
 
@@ -641,109 +636,42 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
       if (first_step < last_step) {
         steps_left = 0;
-        fetch(first_step, 0);
+        fetch(first_step);
         steps_left = (first_group + 1) * args.group_steps - first_step - kParts;
+#pragma unroll 1
+        for (int step = first_step; step < last_step; step += kSteps) {
+          const uint64_t x = swizzled_descriptor(fetched + part * (kBlockM * 128));
+          const uint32_t multiplied_full = fetched_full;
+          const uint32_t scale[2] = {parameters.scale[0], parameters.scale[1]};  // of kOnSums
+          uint32_t fragments[kPieces][4];
 #pragma unroll
-        for (int piece = 0; piece < kAhead; ++piece) prepare(first_step, piece, true);
-
-        uint64_t x;                // rows of x in the stage that is multiplied
-        uint32_t multiplied_full;  // its barrier
-        const auto multiply = [&](float (&to)[kSums], int piece) {
-          const uint64_t rows = x + piece / 4 * (kBlockM * 128 / 16) + 2 * (piece % 4);
+          for (int piece = 0; piece < kPieces; ++piece) dequantize(fragments[piece], step, piece);
+          float products[kOnSums ? kSums : 1];
           wgmma_fence();
-          if (kOnSums && piece == 0) {
-            Product::start(to, fragments[0], rows);
-          } else {
-            Product::add(to, fragments[piece % kHeld], rows);
+#pragma unroll
+          for (int piece = 0; piece < kPieces; ++piece) {
+            const uint64_t rows = x + piece / 4 * (kBlockM * 128 / 16) + 2 * (piece % 4);
+            if constexpr (!kOnSums) {
+              Product::add(sums, fragments[piece], rows);
+            } else if (piece == 0) {
+              Product::start(products, fragments[piece], rows);
+            } else {
+              Product::add(products, fragments[piece], rows);
+            }
           }
           wgmma_commit();
-          wgmma_wait<kHeld - kAhead>();
-        };
-        // Under the product of a piece, the dequantization of one ahead.
-        const auto prepare_ahead = [&](int step, int piece, bool last) {
-          const int next = piece + kAhead;
-          if (next < kPieces) {
-            prepare(step, next, !last);
-          } else if (!last) {
-            prepare(step + kSteps, next - kPieces, true);
-          }
-        };
-        if constexpr (!kOnSums) {
-#pragma unroll 1
-          for (int step = first_step; step < last_step; step += kSteps) {
-            const bool last = step + kSteps == last_step;
-            x = swizzled_descriptor(fetched + part * (kBlockM * 128));
-            const uint32_t full_here = fetched_full;
-#pragma unroll
-            for (int piece = 0; piece < kPieces; ++piece) {
-              multiply(sums, piece);
-              if (piece == kHeld - kAhead - 1) {  // The stage before has been multiplied.
-                if (step > first_step) release(multiplied_full);
-                multiplied_full = full_here;
-              }
-              prepare_ahead(step, piece, last);
-            }
-          }
+          next_stage();
+          if (step + kSteps < last_step) fetch(step + kSteps);
           wgmma_wait<0>();
-        } else {
-          // The products of a stage, which is of one group, and those of the next. The next begins
-          // before the former are read, so that the tensor cores do not wait. ptxas follows which
-          // are under way, and does not wait for all, only where both are named within one round of
-          // the loop and the sums are read in each of its two exits. With this loop the other
-          // modes were slower: they lost uniform registers. See docs/h200_notes.md, sixth.
-          static_assert(kParts == 1 && kSteps == 2, "a stage is 128 along K, of one warpgroup");
-          float products[kSums], others[kSums];
-          uint32_t scale[2];
-          int step = first_step;
-          const auto begin = [&](float (&to)[kSums]) {
-            x = swizzled_descriptor(fetched);
-            multiplied_full = fetched_full;
-            scale[0] = parameters.scale[0];
-            scale[1] = parameters.scale[1];
-#pragma unroll
-            for (int piece = 0; piece < kHeld - kAhead; ++piece) {
-              multiply(to, piece);
-              prepare_ahead(step, piece, step + kSteps == last_step);
-            }
-          };
-          const auto apply_scale = [&](float (&from)[kSums], uint32_t scale0, uint32_t scale1) {
-            Product::settle(from);
+          if constexpr (kOnSums) Product::settle(products);
+          release(multiplied_full);
+          if constexpr (kOnSums) {
 #pragma unroll
             for (int i = 0; i < kSums; ++i) {
-              sums[i] += from[i] * bits_float(i / 2 % 2 == 0 ? scale0 : scale1);
-            }
-          };
-          // The rest of a stage and the beginning of the next; false: there is no next.
-          const auto advance = [&](float (&to)[kSums], float (&to_next)[kSums]) {
-            const bool last = step + kSteps == last_step;
-#pragma unroll
-            for (int piece = kHeld - kAhead; piece < kPieces; ++piece) {
-              multiply(to, piece);
-              prepare_ahead(step, piece, last);
-            }
-            if (last) return false;
-            const uint32_t done_full = multiplied_full, scale0 = scale[0], scale1 = scale[1];
-            step += kSteps;
-            begin(to_next);
-            release(done_full);
-            apply_scale(to, scale0, scale1);
-            return true;
-          };
-          begin(products);
-          while (true) {
-            if (!advance(products, others)) {
-              wgmma_wait<0>();
-              apply_scale(products, scale[0], scale[1]);
-              break;
-            }
-            if (!advance(others, products)) {
-              wgmma_wait<0>();
-              apply_scale(others, scale[0], scale[1]);
-              break;
+              sums[i] += products[i] * bits_float(scale[i / 2 % 2]);
             }
           }
         }
-        release(multiplied_full);
       }
 
       if (thread % 128 == 0) store_wait_read();  // The tile before this has left the staging.

@@ -7,7 +7,7 @@ namespace jax_gptq::cuda {
 
 // Output features and rows of x of a block, and the cluster it works in.
 struct WgmmaPlan {
-  int block_n = 0;  // 256 with block_m 32 or 64; 128 with block_m 32, 64, 128 or 256
+  int block_n = 0;  // 256 with block_m 16, 32 or 64; 128 with block_m 32, 64, 128 or 256
   int block_m = 0;
   int columns = 1;      // blocks of a cluster that share rows of x by multicast: 1 or 2
   int splits = 1;       // blocks of a cluster that share an output tile, each with a part of k
@@ -49,9 +49,11 @@ constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int 
 // Whether the kernel can take the problem. Looks at shapes and types alone.
 bool wgmma_supported(const Problem& problem);
 
-// Blocks in which kOnSums was worth it: 256 x 32 and 128 x 64. Larger ones have no registers for
-// two sets of accumulators beside the sums, 128 x 32 is slower.
-constexpr bool wgmma_on_sums(int block_n, int block_m) { return block_n * block_m == 256 * 32; }
+// Blocks in which a stage is 128 along K of one warpgroup and there are registers for its products
+// beside the sums, as kOnSums needs.
+constexpr bool wgmma_on_sums(int block_n, int block_m) {
+  return block_n == 256 ? block_m <= 32 : block_m == 64 || block_m == 128;
+}
 
 // The mode for a problem in blocks of that size.
 WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m);

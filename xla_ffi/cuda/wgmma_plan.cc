@@ -12,13 +12,9 @@ bool wgmma_supported(const Problem& problem) {
 WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m) {
   if (problem.groups > 1 && problem.group_size % kStepK != 0) return WgmmaMode::kFine;
   if (problem.bits != 4) return WgmmaMode::kGeneral;
-  const bool exact = problem.scale_type == problem.type;
+  if (problem.scale_type == problem.type) return WgmmaMode::kExact;
   const bool whole_stages = problem.groups == 1 || problem.group_size % (2 * kStepK) == 0;
-  // At 128 x 64 scaling sums takes as long as one multiplication per pair of weights.
-  if (whole_stages && wgmma_on_sums(block_n, block_m) && (block_n == 256 || !exact)) {
-    return WgmmaMode::kOnSums;
-  }
-  if (exact) return WgmmaMode::kExact;
+  if (whole_stages && wgmma_on_sums(block_n, block_m)) return WgmmaMode::kOnSums;
   return problem.type == Dtype::kBf16 && problem.scale_type == Dtype::kF16 ? WgmmaMode::kSplit
                                                                            : WgmmaMode::kGeneral;
 }
@@ -32,9 +28,10 @@ struct Tile {
   double exact, split;
   double on_sums = std::numeric_limits<double>::infinity();  // there is none
 };
-constexpr Tile kTiles[] = {{256, 32, 0.40, 0.47, 0.39}, {256, 64, 0.48, 0.58},
-                           {128, 32, 0.24, 0.29},       {128, 64, 0.28, 0.33, 0.29},
-                           {128, 128, 0.36, 0.43},      {128, 256, 0.63, 0.64}};
+constexpr Tile kTiles[] = {{256, 16, 0.33, 0.40, 0.34}, {256, 32, 0.365, 0.43, 0.39},
+                           {256, 64, 0.45, 0.53},       {128, 32, 0.22, 0.265},
+                           {128, 64, 0.24, 0.29, 0.27}, {128, 128, 0.335, 0.42, 0.35},
+                           {128, 256, 0.63, 0.64}};
 
 double step_time(const Problem& problem, const Tile& tile) {
   const WgmmaMode mode = wgmma_mode(problem, tile.block_n, tile.block_m);
@@ -65,7 +62,7 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   best.estimate = std::numeric_limits<double>::infinity();
   for (const Tile& tile : kTiles) {
     // Not half empty, and of the smallest only one: it reads the weight again for the next.
-    if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > 32) continue;
+    if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > tile.block_m) continue;
     // Of the largest tile's sums those of three parts fit into shared memory; two are enough.
     const double step = step_time(problem, tile);
     const int most = tile.block_m == 256 ? 2 : kMaxClusterSplits;

@@ -199,7 +199,8 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
 #define JAX_GPTQ_D32(d, i) JAX_GPTQ_D16(d, i), JAX_GPTQ_D16(d, i + 16)
 #define JAX_GPTQ_D64(d, i) JAX_GPTQ_D32(d, i), JAX_GPTQ_D32(d, i + 32)
 
-#define JAX_GPTQ_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define JAX_GPTQ_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define JAX_GPTQ_R16 JAX_GPTQ_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define JAX_GPTQ_R32 JAX_GPTQ_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define JAX_GPTQ_R64                                                                          \
   JAX_GPTQ_R32                                                                                \
@@ -239,6 +240,7 @@ struct Wgmma;
   };
 #define JAX_GPTQ_D128(d, i) JAX_GPTQ_D64(d, i), JAX_GPTQ_D64(d, i + 64)
 #define JAX_GPTQ_WGMMA_ALL(TYPE, NAME)                                                      \
+  JAX_GPTQ_WGMMA(TYPE, NAME, 16, JAX_GPTQ_R8, JAX_GPTQ_D8, "8", "9", "10", "11", "12")      \
   JAX_GPTQ_WGMMA(TYPE, NAME, 32, JAX_GPTQ_R16, JAX_GPTQ_D16, "16", "17", "18", "19", "20")  \
   JAX_GPTQ_WGMMA(TYPE, NAME, 64, JAX_GPTQ_R32, JAX_GPTQ_D32, "32", "33", "34", "35", "36")  \
   JAX_GPTQ_WGMMA(TYPE, NAME, 128, JAX_GPTQ_R64, JAX_GPTQ_D64, "64", "65", "66", "67", "68") \
@@ -248,6 +250,7 @@ JAX_GPTQ_WGMMA_ALL(F16, "f16")
 #undef JAX_GPTQ_WGMMA_ALL
 #undef JAX_GPTQ_WGMMA
 #undef JAX_GPTQ_WGMMA_ASM
+#undef JAX_GPTQ_R8
 #undef JAX_GPTQ_R16
 #undef JAX_GPTQ_R32
 #undef JAX_GPTQ_R64

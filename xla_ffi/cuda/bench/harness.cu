@@ -407,13 +407,14 @@ std::vector<Variant> variants(const Problem& problem) {
                           return launch_matmul(p, plan, workspace(), stream);
                         }});
     }
-    if (problem.m <= 8) return result;
+    if (problem.m <= 4) return result;
   }
-  for (int block_m : {32, 64, 128, 256}) {
+  for (int block_m : {16, 32, 64, 128, 256}) {
     if (problem.m <= block_m / 2 && block_m > 32) continue;
+    if (problem.m > block_m && block_m == 16) continue;
     if (problem.m > 4 * block_m && block_m < 128) continue;
     for (int block_n : {128, 256}) {
-      if (block_n == 256 && block_m > 64) continue;
+      if (block_n == 256 ? block_m > 64 : block_m == 16) continue;
       for (int columns : {1, 2}) {
         for (int splits = 1; splits * columns <= 8; ++splits) {
           const int blocks = ceil_div(problem.m, block_m) * ceil_div(problem.n, block_n) * splits;
@@ -503,7 +504,10 @@ int check(int runs) {
   for (int m : {1, 2, 4, 8, 16}) run_case({m, 4096, 4096}, runs);
   for (int m : {17, 33, 64, 100, 128, 129, 257, 300}) run_case({m, 1000, 1048}, 2);
   run_case({64, 4096, 4096}, runs);
-  run_case({64, 4096, 4096, 4, 128, Dtype::kBf16, Dtype::kF16}, runs);
+  for (int m : {16, 64, 256}) {
+    run_case({m, 4096, 4096, 4, 128, Dtype::kBf16, Dtype::kF16}, runs);
+  }
+  run_case({5, 1000, 16392}, runs);
   run_case({256, 4096, 4096}, runs);
   run_case({1000, 4096, 4096}, 5);
   std::printf("check: %d cases, %d failed\n", cases, failed);
@@ -517,7 +521,9 @@ int small() {
         Case{33, 192, 256, 8, 128}, Case{300, 384, 512}, Case{1, 200, 136},
         Case{2, 320, 640, 4, 64}, Case{1, 257, 264, 8, 32}, Case{7, 257, 264},
         Case{16, 192, 1024, 8, 64}, Case{4, 320, 640, 4, 64}, Case{3, 257, 264, 8, 32},
-        Case{40, 300, 1304, 4, 128, Dtype::kBf16, Dtype::kF16}}) {
+        Case{9, 300, 1304, 4, 128, Dtype::kBf16, Dtype::kF16},
+        Case{40, 300, 1304, 4, 128, Dtype::kBf16, Dtype::kF16},
+        Case{70, 300, 1304, 4, 128, Dtype::kBf16, Dtype::kF16}}) {
     Buffers buffers(c);
     for (const Variant& variant : variants(buffers.problem())) {
       failed += !check_case(c, variant, buffers, 1);
