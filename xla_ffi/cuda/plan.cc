@@ -91,12 +91,16 @@ Plan plan_mma(const Problem& p, const Device& device) {
 
 Plan make_plan(const Problem& p, const Device& device) {
   if (p.m == 0 || !supported(device)) return {};
-  const bool wgmma = p.m > 4 && device.arch == 90 && wgmma_supported(p);
+  // Few rows are for wgmma only where class A would split K, and where no weight is rounded.
+  const bool wgmma =
+      device.arch == 90 && wgmma_supported(p) &&
+      (p.m > kUnroundedRows || (p.m > 4 && wgmma_mode(p, 256, 16) == WgmmaMode::kOnSums));
   if (p.m <= kDecodeRows) {
     const Plan plan = plan_decode(p, device);
     if (plan.kernel != Kernel::kNone &&
-        (!wgmma || (plan.splits == 1 &&
-                    (p.m <= 8 || decode_estimate(p, plan) < wgmma_plan(p, device).estimate)))) {
+        (!wgmma ||
+         (plan.splits == 1 &&
+          (p.m <= kUnroundedRows || decode_estimate(p, plan) < wgmma_plan(p, device).estimate)))) {
       return plan;
     }
   }

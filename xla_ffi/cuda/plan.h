@@ -8,8 +8,9 @@
 
 namespace jax_gptq::cuda {
 
-// The most rows of x that the decode kernel takes.
+// The most rows of x that the decode kernel takes, and for which no kernel rounds weights.
 constexpr int kDecodeRows = 16;
+constexpr int kUnroundedRows = 8;
 
 // The most parts of K that a cluster adds up: the portable size of a cluster.
 constexpr int kMaxClusterSplits = 8;

@@ -12,9 +12,12 @@ bool wgmma_supported(const Problem& problem) {
 WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m) {
   if (problem.groups > 1 && problem.group_size % kStepK != 0) return WgmmaMode::kFine;
   if (problem.bits != 4) return WgmmaMode::kGeneral;
-  if (problem.scale_type == problem.type) return WgmmaMode::kExact;
+  const bool exact = problem.scale_type == problem.type;
   const bool whole_stages = problem.groups == 1 || problem.group_size % (2 * kStepK) == 0;
-  if (whole_stages && wgmma_on_sums(block_n, block_m)) return WgmmaMode::kOnSums;
+  if (whole_stages && wgmma_on_sums(block_n, block_m) && (!exact || problem.m <= kUnroundedRows)) {
+    return WgmmaMode::kOnSums;
+  }
+  if (exact) return WgmmaMode::kExact;
   return problem.type == Dtype::kBf16 && problem.scale_type == Dtype::kF16 ? WgmmaMode::kSplit
                                                                            : WgmmaMode::kGeneral;
 }
@@ -63,6 +66,8 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   for (const Tile& tile : kTiles) {
     // Not half empty, and of the smallest only one: it reads the weight again for the next.
     if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > tile.block_m) continue;
+    const bool unrounded = wgmma_mode(problem, tile.block_n, tile.block_m) == WgmmaMode::kOnSums;
+    if (problem.m <= kUnroundedRows && !unrounded) continue;
     // Of the largest tile's sums those of three parts fit into shared memory; two are enough.
     const double step = step_time(problem, tile);
     const int most = tile.block_m == 256 ? 2 : kMaxClusterSplits;
