@@ -170,12 +170,13 @@ class CudaStore:
 
         At M <= 8 (M <= 16 on other GPUs, and on Hopper where an estimate says so) the exact
         integers q - z are multiplied and the scales apply to f32 sums, so that a 16-bit output is
-        rounded once. Above, each weight may be rounded once to x's dtype too, and the result stays
-        within 2.5 times the output rounding (5e-3 bfloat16, 6e-4 float16). The handler chooses from
-        the buffer's shape; where M is a Python int and large (see
-        `cuda_crossover.dequantize_from_rows`), the weight is dequantized by a kernel and XLA
-        multiplies. Row i of a batch has the same bits at M = 3 and 4, at M = 5 to 8 and at M = 9
-        to 16; otherwise, where the cuts of K change with M, it is as accurate.
+        rounded once (but for a K so long that x has no room in shared memory). Above, each weight
+        may be rounded once to x's dtype too, and the result stays within 2.5 times the output
+        rounding (5e-3 bfloat16, 6e-4 float16). The handler chooses from the buffer's shape; where M
+        is a Python int and large (see `cuda_crossover.dequantize_from_rows`), the weight is
+        dequantized by a kernel and XLA multiplies. Row i of a batch has the same bits at M = 3 and
+        4, at M = 5 to 8 and at M = 9 to 16; otherwise, where the cuts of K change with M, it is as
+        accurate.
         """
         del activations  # There is one mode.
         if self.perm is not None and not x_permuted:

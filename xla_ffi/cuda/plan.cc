@@ -91,10 +91,7 @@ Plan plan_mma(const Problem& p, const Device& device) {
 
 Plan make_plan(const Problem& p, const Device& device) {
   if (p.m == 0 || !supported(device)) return {};
-  // Few rows are for wgmma only where class A would split K, and where no weight is rounded.
-  const bool wgmma =
-      device.arch == 90 && wgmma_supported(p) &&
-      (p.m > kUnroundedRows || (p.m > 4 && wgmma_mode(p, 256, 16) == WgmmaMode::kOnSums));
+  const bool wgmma = p.m > 4 && device.arch == 90 && wgmma_supported(p);
   if (p.m <= kDecodeRows) {
     const Plan plan = plan_decode(p, device);
     if (plan.kernel != Kernel::kNone &&

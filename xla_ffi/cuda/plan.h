@@ -8,8 +8,11 @@
 
 namespace jax_gptq::cuda {
 
-// The most rows of x that the decode kernel takes, and for which no kernel rounds weights.
+// The most rows of x that the decode kernel takes.
 constexpr int kDecodeRows = 16;
+
+// The most rows for which weights are not rounded, unless K is so long that one of the others'
+// blocks has no room for x: kMma is left then.
 constexpr int kUnroundedRows = 8;
 
 // The most parts of K that a cluster adds up: the portable size of a cluster.
@@ -52,9 +55,10 @@ struct Device {
 
 enum class Kernel : int {
   kNone,    // no rows: nothing to launch
-  kDecode,  // m <= 16 (sm_90a: 5 to 16 only where K is not split), scales on f32 accumulators
+  kDecode,  // m <= 16, scales on f32 accumulators; where kWgmma is possible too, 5 to 16 rows only
+            // if K is not split, 9 to 16 only if an estimate says so
   kMma,     // larger m, mma.sync, weights rounded once
-  kWgmma,   // larger m, sm_90a, weights rounded once or not at all
+  kWgmma,   // m > 4, sm_90a, weights rounded once or not at all
 };
 
 // How parts of K are added up. Always in rank order, so that equal inputs give equal bits.

@@ -46,7 +46,8 @@ constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int 
   return plan.splits > 1 || works < resident ? works : resident;
 }
 
-// Whether the kernel can take the problem. Looks at shapes and types alone.
+// Whether the kernel can take the problem, up to kUnroundedRows rows without rounding weights.
+// Looks at shapes and types alone; the plan is for what is supported.
 bool wgmma_supported(const Problem& problem);
 
 // Blocks in which a stage is 128 along K of one warpgroup and there are registers for its products

@@ -6,7 +6,8 @@ namespace jax_gptq::cuda {
 
 bool wgmma_supported(const Problem& problem) {
   // A row of x starts at a multiple of 16 bytes, as its tensor map demands.
-  return problem.k % 8 == 0 && (problem.groups == 1 || problem.group_size % 16 == 0);
+  return problem.k % 8 == 0 && (problem.groups == 1 || problem.group_size % 16 == 0) &&
+         (problem.m > kUnroundedRows || wgmma_mode(problem, 256, 16) == WgmmaMode::kOnSums);
 }
 
 WgmmaMode wgmma_mode(const Problem& problem, int block_n, int block_m) {
@@ -42,9 +43,9 @@ double step_time(const Problem& problem, const Tile& tile) {
   return mode == WgmmaMode::kSplit ? tile.split : tile.exact;
 }
 
-// Microseconds beyond a start that all plans have alike; fitted to measurements on an H100, see
-// docs/h200_notes.md (2026-11-26, fourth and sixth). m counts in whole blocks only, so that K is
-// cut in the same way for all m with the same number of blocks.
+// Microseconds beyond a start that all plans have alike; fitted to measurements, the steps on an
+// H200, the rest on an H100: docs/h200_notes.md (2026-11-26, fourth and seventh). m counts in whole
+// blocks only, so that K is cut in the same way for all m with the same number of blocks.
 double estimate(const Problem& problem, const WgmmaPlan& plan, double step, int processors) {
   constexpr double kWave = 2.0, kSplit = 0.2, kPerSplit = 0.2, kPerKilobyte = 0.04;
   const double product = ceil_div(ceil_div(steps_k(problem.k), 2), plan.splits) * 2 * step;
@@ -64,8 +65,9 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   WgmmaPlan best;
   best.estimate = std::numeric_limits<double>::infinity();
   for (const Tile& tile : kTiles) {
-    // Not half empty, and of the smallest only one: it reads the weight again for the next.
+    // Not half empty, and of 16 or 32 rows only one: it reads the weight again for the next.
     if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > tile.block_m) continue;
+    // Few rows only where weights stay as they are.
     const bool unrounded = wgmma_mode(problem, tile.block_n, tile.block_m) == WgmmaMode::kOnSums;
     if (problem.m <= kUnroundedRows && !unrounded) continue;
     // Of the largest tile's sums those of three parts fit into shared memory; two are enough.
