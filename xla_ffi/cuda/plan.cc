@@ -91,6 +91,7 @@ Plan plan_mma(const Problem& p, const Device& device) {
 
 Plan make_plan(const Problem& p, const Device& device) {
   if (p.m == 0 || !supported(device)) return {};
+  // Up to four rows class A is faster, also where it splits K.
   const bool wgmma = p.m > 4 && device.arch == 90 && wgmma_supported(p);
   if (p.m <= kDecodeRows) {
     const Plan plan = plan_decode(p, device);

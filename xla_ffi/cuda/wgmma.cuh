@@ -646,17 +646,16 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           uint32_t fragments[kPieces][4];
 #pragma unroll
           for (int piece = 0; piece < kPieces; ++piece) dequantize(fragments[piece], step, piece);
-          float products[kOnSums ? kSums : 1];
+          float products[kSums];  // of the stage, in kOnSums
+          float (&to)[kSums] = kOnSums ? products : sums;
           wgmma_fence();
 #pragma unroll
           for (int piece = 0; piece < kPieces; ++piece) {
             const uint64_t rows = x + piece / 4 * (kBlockM * 128 / 16) + 2 * (piece % 4);
-            if constexpr (!kOnSums) {
-              Product::add(sums, fragments[piece], rows);
-            } else if (piece == 0) {
-              Product::start(products, fragments[piece], rows);
+            if (kOnSums && piece == 0) {
+              Product::start(to, fragments[piece], rows);
             } else {
-              Product::add(products, fragments[piece], rows);
+              Product::add(to, fragments[piece], rows);
             }
           }
           wgmma_commit();

@@ -37,8 +37,7 @@ constexpr Tile kTiles[] = {{256, 16, 0.33, 0.40, 0.34}, {256, 32, 0.365, 0.43, 0
                            {128, 64, 0.24, 0.29, 0.27}, {128, 128, 0.335, 0.42, 0.35},
                            {128, 256, 0.63, 0.64}};
 
-double step_time(const Problem& problem, const Tile& tile) {
-  const WgmmaMode mode = wgmma_mode(problem, tile.block_n, tile.block_m);
+double step_time(const Tile& tile, WgmmaMode mode) {
   if (mode == WgmmaMode::kOnSums) return tile.on_sums;
   return mode == WgmmaMode::kSplit ? tile.split : tile.exact;
 }
@@ -67,11 +66,10 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   for (const Tile& tile : kTiles) {
     // Not half empty, and of 16 or 32 rows only one: it reads the weight again for the next.
     if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > tile.block_m) continue;
-    // Few rows only where weights stay as they are.
-    const bool unrounded = wgmma_mode(problem, tile.block_n, tile.block_m) == WgmmaMode::kOnSums;
-    if (problem.m <= kUnroundedRows && !unrounded) continue;
+    const WgmmaMode mode = wgmma_mode(problem, tile.block_n, tile.block_m);
+    if (problem.m <= kUnroundedRows && mode != WgmmaMode::kOnSums) continue;
     // Of the largest tile's sums those of three parts fit into shared memory; two are enough.
-    const double step = step_time(problem, tile);
+    const double step = step_time(tile, mode);
     const int most = tile.block_m == 256 ? 2 : kMaxClusterSplits;
     for (int splits = 1; splits <= most; ++splits) {
       WgmmaPlan plan{tile.block_n, tile.block_m, 1, splits, 0};
