@@ -32,7 +32,7 @@ TILE = 64
 # Group sizes below K are multiples of the tensor cores' step along K.
 GROUP_STEP = 16
 # As kWorkspaceBytes in xla_ffi/cuda/plan.h: enough for every shape and architecture.
-WORKSPACE_BYTES = 8 << 20
+WORKSPACE_BYTES = 17 << 20
 # Backend -> the middle part of its FFI targets' names.
 _MODULES = {"cuda": "cuda", "cuda-emulated": "cuda_emulated"}
 # Columns are repacked by slabs of at most this many codes, so that packing needs little memory.

@@ -16,7 +16,7 @@ cudaError_t launch_matmul(const Problem& problem, const Plan& plan, void* worksp
       error = launch_mma(problem, plan, workspace, stream);
       break;
     case Kernel::kWgmma:
-      return launch_wgmma(problem, wgmma_plan(problem, plan.device), stream);
+      return launch_wgmma(problem, wgmma_plan(problem, plan.device), workspace, stream);
   }
   if (error != cudaSuccess || plan.reduction != Reduction::kWorkspace) return error;
   return launch_reduce(problem, plan, workspace, stream);

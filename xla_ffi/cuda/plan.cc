@@ -19,14 +19,15 @@ int resident_groups(int processors, int size, bool clusters) {
   return std::max(1, processors / size);
 }
 
-// Microseconds of 9 to 16 rows without a split of K, on sm_90a, less the start that WgmmaPlan's
-// estimate leaves out; fitted to measurements at 4 bits on an H100, see docs/h200_notes.md
-// (2026-11-26, fifth). Most of it is the strips of a block, times the units of a warp in each.
+// Microseconds of 5 to 16 rows without a split of K, on sm_90a, less the start that WgmmaPlan's
+// estimate leaves out; fitted to measurements at 4 bits on an H200, see docs/h200_notes.md
+// (2026-11-26, eighth). Most of it is the strips of a block, times the units of a warp in each.
 double decode_estimate(const Problem& p, const Plan& plan) {
-  constexpr double kStart = -0.5, kCopy = 0.27 / 1024, kUnit = 0.95;
+  constexpr double kStart = -0.3, kCopy = 0.27 / 1024;
+  const double unit = p.m <= 8 ? 0.75 : 1.06;
   const int strips = ceil_div(decode_strips(p), plan.grid);
   const int units = ceil_div(ceil_div(p.k, kUnitK), kDecodeWarps);
-  return kStart + kCopy * p.k + kUnit * strips * units;
+  return kStart + kCopy * p.k + unit * strips * units;
 }
 
 bool partial_sums_fit(const Problem& p, int splits) {
@@ -97,8 +98,7 @@ Plan make_plan(const Problem& p, const Device& device) {
     const Plan plan = plan_decode(p, device);
     if (plan.kernel != Kernel::kNone &&
         (!wgmma ||
-         (plan.splits == 1 &&
-          (p.m <= kUnroundedRows || decode_estimate(p, plan) < wgmma_plan(p, device).estimate)))) {
+         (plan.splits == 1 && decode_estimate(p, plan) < wgmma_plan(p, device).estimate))) {
       return plan;
     }
   }

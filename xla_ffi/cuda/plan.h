@@ -20,7 +20,7 @@ constexpr int kMaxClusterSplits = 8;
 
 // Bytes of the workspace that every matmul call passes, for every shape and architecture: a plan
 // splits K only so far that the partial sums fit.
-constexpr int64_t kWorkspaceBytes = 8 << 20;
+constexpr int64_t kWorkspaceBytes = 17 << 20;
 
 // y [m, n] = x [m, k] W [k, n] + bias [n].
 struct Problem {
@@ -56,7 +56,7 @@ struct Device {
 enum class Kernel : int {
   kNone,    // no rows: nothing to launch
   kDecode,  // m <= 16, scales on f32 accumulators; where kWgmma is possible too, 5 to 16 rows only
-            // if K is not split, 9 to 16 only if an estimate says so
+            // if K is not split and an estimate says so
   kMma,     // larger m, mma.sync, weights rounded once
   kWgmma,   // m > 4, sm_90a, weights rounded once or not at all
 };

@@ -33,6 +33,8 @@ struct Grid {
   int threads;
   int cluster = 1;  // consecutive blocks along x that form a cluster (sm_90 and newer)
   int shared_bytes = 0;
+  // Blocks wait for blocks of lower index, which the device starts first. For the emulator.
+  bool in_order = false;
 };
 
 // Enqueues kernel(args...). `name` is for the emulator's messages.
@@ -106,6 +108,24 @@ __device__ __forceinline__ void st_global(void* p, T value) {
   *static_cast<T*>(p) = value;
 }
 
+// A flag in global memory by which a thread lets threads of other blocks read what it, or its warp
+// before a warp_sync, has written. It may hold anything before: 64 bits that nobody wrote on
+// purpose are taken for this number once in 2^64 times. Whoever found it raised lowers it again,
+// for the next launch.
+constexpr uint64_t kRaised = 0x9e6c63d0676a9a99u;
+
+__device__ __forceinline__ void raise_flag(uint64_t* flag) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(kRaised) : "memory");
+}
+
+__device__ __forceinline__ bool flag_raised(const uint64_t* flag) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value == kRaised;
+}
+
+__device__ __forceinline__ void lower_flag(uint64_t* flag) { *flag = 0; }
+
 // ---- Asynchronous copies ---------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, both aligned to 16; the copying thread sees them once
@@ -139,6 +159,9 @@ template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
+
+// Whether it is true for all lanes of the warp.
+__device__ __forceinline__ bool warp_all(bool value) { return __all_sync(0xffffffffu, value); }
 
 // The largest and the least value of the warp, to all its lanes.
 __device__ __forceinline__ uint32_t warp_max(uint32_t value) {

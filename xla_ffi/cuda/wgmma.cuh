@@ -13,14 +13,21 @@
 //   warpgroups        the same. It dequantizes a whole stage, hands over its products and reads the
 //   (the consumers)   codes of the next, while others are elsewhere in that round.
 //
-// A cluster is `columns` x `splits` blocks: `columns` neighbouring output tiles that share x by
-// multicast, and `splits` parts of K whose f32 partial sums are added through distributed shared
-// memory in rank order. There is no atomic and no workspace, so equal inputs give equal bits.
+// A cluster is one block, or two for neighbouring output tiles that share x by multicast. Clusters
+// take whole tiles in turn, or each an equal share of all tiles' stages in a row:
+//
+//   stages    |  tile 0  |  tile 1  |  tile 2  |  tile 3  |        The share that begins a tile
+//   shares    |   0   |   1   |   2   |   3   |   4   |   5   |    stores it, after adding what
+//                                                                  those that go on with it found.
+//
+// These put their f32 sums into the workspace and raise a flag, warp by warp, and they come first:
+// a share begins with the end of a tile. The storing share adds them in order of K, so that equal
+// inputs give equal bits. Its cluster is launched after theirs, and the device starts blocks in
+// that order, so whoever waits waits for one that runs.
 //
 // Shared memory:  | barriers, 1024 bytes | stage 0 | stage 1 | ... | staging |
 // In the staging are output tiles on their way, and before that sums on their way from warpgroup to
-// warpgroup. Where K is split it holds the sums that the other splits send; the block's own, and
-// those from warpgroup to warpgroup, take the place of its stages.
+// warpgroup.
 //
 // Rounding: (q - z) is exact, its product with the scale is rounded once to the type of x. In the
 // mode kOnSums it is not: q - z is multiplied by x, and the scale by the f32 sum of 128 along K.
@@ -51,9 +58,6 @@ constexpr int wgmma_parts(int block_n, int block_m) {
 constexpr int wgmma_consumers(int block_n, int block_m) {
   return block_n / kTileN * wgmma_parts(block_n, block_m);
 }
-// Steps of 64 along K in a stage. Two, where they fit, halve the cost of the barriers.
-constexpr int wgmma_stage_steps(int block_m) { return block_m == 256 ? 1 : 2; }
-
 constexpr int wgmma_threads(int consumers) { return 128 * (consumers + 1); }
 
 // Registers of a thread after the warpgroups have traded: the block starts with
@@ -80,8 +84,6 @@ constexpr WgmmaStage wgmma_stage(int block_n, int block_m, int bits, Dtype scale
   return stage;
 }
 
-// Bytes between rows of partial sums.
-constexpr int wgmma_sums_pitch(int block_n) { return 4 * (block_n + 4); }
 // Bytes in which the sums of one part of the warpgroups reach those of the other.
 constexpr int wgmma_exchange_bytes(int block_n, int block_m) {
   return wgmma_parts(block_n, block_m) == 1 ? 0 : block_n * block_m * 4;
@@ -94,15 +96,18 @@ struct WgmmaArguments {
   int group_rows;        // groups that one stage can touch
   int group_steps;       // steps of 64 of a group, if it ends between steps
   Divisor group_pieces;  // steps of 16 of a group
-  int stages_per_split;  // stages along K; the first `longer_splits` have one more
-  int longer_splits;
   int m_tiles, n_tiles;
-  int works;     // m_tiles times the columns of tiles that a cluster takes at once
-  int clusters;  // launched
-  int columns;   // 1 or 2
-  int splits;
-  int stages;     // fewer than 2: the plan does not fit
-  bool y_mapped;  // y is written through its tensor map: 16-bit, n a multiple of 8 and no split
+  int works;          // m_tiles times the columns of tiles that a cluster takes at once
+  int clusters;       // launched
+  int columns;        // 1 or 2
+  Divisor tile_size;  // stages of a tile
+  bool shared;        // whether clusters have shares of `share_size` stages, the first
+  int share_size;     // `longer_shares` one more
+  int longer_shares;
+  uint64_t* flags;  // [clusters * columns]
+  float* partial;   // [clusters * columns][block_n * block_m]
+  int stages;       // that fit; fewer than 2: the plan does not
+  bool y_mapped;    // y is written through its tensor map: 16-bit, n a multiple of 8
   bool y_f32;
   Dtype scale_type;
   const float* bias;  // [n] or null
@@ -112,7 +117,8 @@ struct WgmmaArguments {
   int shared_bytes;
 };
 
-inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& plan) {
+inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& plan,
+                                      void* workspace) {
   WgmmaArguments args{};
   args.codes = problem.codes;
   args.scales = problem.scales;
@@ -122,9 +128,7 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
   args.k_steps = steps_k(problem.k);
   args.groups = problem.groups;
   const int stage_k = wgmma_stage_steps(plan.block_m) * kStepK;
-  const int stage_count = ceil_div(problem.k, stage_k);
-  args.stages_per_split = stage_count / plan.splits;
-  args.longer_splits = stage_count % plan.splits;
+  const int stage_count = wgmma_stages(problem, plan);
   // A single group covers all of k and its padding.
   const int group_size = problem.groups == 1 ? stage_count * stage_k : problem.group_size;
   args.group_steps = group_size / kStepK;
@@ -140,27 +144,24 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
   args.works = wgmma_works(problem, plan);
   args.clusters = plan.clusters;
   args.columns = plan.columns;
-  args.splits = plan.splits;
+  args.tile_size = Divisor(stage_count);
+  args.shared = plan.shares > 0;
+  args.share_size = args.works * stage_count / plan.clusters;
+  args.longer_shares = args.works * stage_count % plan.clusters;
+  args.flags = static_cast<uint64_t*>(workspace);
+  args.partial = reinterpret_cast<float*>(args.flags + kWgmmaFlags);
   args.y_f32 = problem.y_f32;
-  args.y_mapped = plan.splits == 1 && problem.n % 8 == 0 && !problem.y_f32;
+  args.y_mapped = problem.n % 8 == 0 && !problem.y_f32;
   args.scale_type = problem.scale_type;
   args.bias = problem.bias;
   args.y = problem.y;
   args.stage =
       wgmma_stage(plan.block_n, plan.block_m, problem.bits, problem.scale_type, args.group_rows);
-  const int exchange = wgmma_exchange_bytes(plan.block_n, plan.block_m);
-  int own_sums = 0, staging = 0;
-  if (plan.splits > 1) {
-    const int pitch = wgmma_sums_pitch(plan.block_n);
-    own_sums = plan.block_m * pitch + exchange;
-    staging = (plan.splits - 1) * ceil_div(plan.block_m, plan.splits) * pitch;
-  } else {
-    const int tile = args.y_mapped ? plan.block_n * plan.block_m * 2 : 0;
-    staging = std::max(tile, exchange);
-  }
+  const int tile = args.y_mapped ? plan.block_n * plan.block_m * 2 : 0;
+  const int staging = std::max(tile, wgmma_exchange_bytes(plan.block_n, plan.block_m));
   const int room = kWgmmaSharedBytes - kWgmmaBarrierBytes - staging;
-  args.stages = own_sums > room ? 0 : std::min(room / args.stage.size, kWgmmaMaxStages);
-  args.staging = std::max(args.stages * args.stage.size, own_sums);
+  args.stages = std::min(room / args.stage.size, kWgmmaMaxStages);
+  args.staging = args.stages * args.stage.size;
   args.shared_bytes = kWgmmaBarrierBytes + args.staging + staging;
   return args;
 }
@@ -334,71 +335,111 @@ __device__ __forceinline__ float load_bias(const WgmmaArguments& args, int n) {
   return args.bias != nullptr && n < args.n ? ld_global_nc<float>(args.bias + n) : 0.0f;
 }
 
-// Adds up the splits of a tile. Every block of the cluster has its partial sums, f32
-// [kBlockM][kBlockN + 4], at `partial`; the rows are shared out among the splits. A block sends
-// each other its rows, waits for its own from them, and adds in rank order.
-template <class T, int kConsumers, int kBlockN, int kBlockM>
-__device__ __forceinline__ void reduce_splits(const WgmmaArguments& args, uint32_t partial,
-                                              uint32_t received, uint32_t barrier, OutputTile tile,
-                                              int column, int split) {
-  constexpr int kRowBytes = wgmma_sums_pitch(kBlockN);
-  constexpr int kQuads = kBlockN / 4;               // of a row
-  constexpr int kRows = 128 * kConsumers / kQuads;  // at once
-  const int thread = static_cast<int>(threadIdx.x) - 128;
-  const int left = args.m - tile.m * kBlockM;
-  const int rows = left < kBlockM ? left : kBlockM;
-  const int first = rows * split / args.splits;
-  const int mine = rows * (split + 1) / args.splits - first;
-  if (thread == 0) barrier_arrive_expect(barrier, (args.splits - 1) * mine * kRowBytes);
-  if (thread < args.splits && thread != split) {
-    const int other_first = rows * thread / args.splits;
-    const int other_rows = rows * (thread + 1) / args.splits - other_first;
-    const int rank = thread * args.columns + column;
-    const int slot = split < thread ? split : split - 1;
-    if (other_rows > 0) {
-      copy_to_block(cluster_map(received + slot * other_rows * kRowBytes, rank),
-                    partial + other_first * kRowBytes, other_rows * kRowBytes,
-                    cluster_map(barrier, rank));
-    }
+// The first stage of a share, of all tiles' stages in a row.
+__device__ __forceinline__ int share_begin(const WgmmaArguments& args, int share) {
+  return share * args.share_size + min(share, args.longer_shares);
+}
+
+// The share of this cluster: the first cluster has the last.
+__device__ __forceinline__ int own_share(const WgmmaArguments& args) {
+  return args.clusters - 1 - cluster_index();
+}
+
+// The works of a cluster, every `work_stride`-th from `first` on, and the steps of 64 along K where
+// the first begins and the last ends.
+struct Walk {
+  int first, end;
+  int first_step, last_step;
+};
+
+__device__ __forceinline__ int work_stride(const WgmmaArguments& args) {
+  return args.shared ? 1 : args.clusters;
+}
+
+__device__ __forceinline__ Walk walk(const WgmmaArguments& args, int stage_steps) {
+  const int tile_size = args.tile_size.value;
+  if (!args.shared) return {cluster_index(), args.works, 0, tile_size * stage_steps};
+  const int share = own_share(args);
+  const int begin = share_begin(args, share), last = share_begin(args, share + 1) - 1;
+  const int first_work = args.tile_size.divide(begin), last_work = args.tile_size.divide(last);
+  // The same for all lanes, which the compiler must know.
+  return {shuffle(first_work, 0), shuffle(last_work + 1, 0),
+          shuffle((begin - first_work * tile_size) * stage_steps, 0),
+          shuffle((last + 1 - last_work * tile_size) * stage_steps, 0)};
+}
+
+// Where the sums of the `holder`-th warp of a block of a share are in the workspace, for this lane.
+template <int kTileSums, int kSums>
+__device__ __forceinline__ float* shared_sums(const WgmmaArguments& args, int slot, int holder) {
+  return args.partial + static_cast<int64_t>(slot) * kTileSums + holder * (kSums * 32) +
+         threadIdx.x % 32 * 4;
+}
+
+// Hands a warp's sums over to the share that stores the tile, all but the flag, which would wait
+// for them.
+template <int kTileSums, int kSums>
+__device__ __forceinline__ void hand_over(const float (&sums)[kSums], const WgmmaArguments& args,
+                                          int slot, int holder) {
+  float* to = shared_sums<kTileSums, kSums>(args, slot, holder);
+#pragma unroll
+  for (int i = 0; i < kSums; i += 4) {
+    st_global(to + i * 32, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
   }
-  const int n = tile.n * kBlockN + thread % kQuads * 4;
-  const float bias[4] = {load_bias(args, n), load_bias(args, n + 1), load_bias(args, n + 2),
-                         load_bias(args, n + 3)};
-  int64_t at = static_cast<int64_t>(tile.m * kBlockM + first + thread / kQuads) * args.n + n;
-  barrier_wait(barrier, 0);
-  warp_sync();
-  cluster_arrive_relaxed();  // What others sent here has arrived; they may leave.
-  if (n >= args.n) return;
-  for (int row = thread / kQuads; row < mine; row += kRows) {
-    float4 parts[kMaxClusterSplits];
+}
+
+// Adds what the shares after `share` handed over of the tile of `work`, in their order.
+template <int kTileSums, int kSums>
+__device__ __forceinline__ void add_shares(float (&sums)[kSums], const WgmmaArguments& args,
+                                           int share, int work, int column, int holder) {
+  constexpr int kAtOnce = kSums < 64 ? 64 / kSums : 1;  // under way
+  const int end = (work + 1) * static_cast<int>(args.tile_size.value);
+  int last = share + 1;
+  while (share_begin(args, last + 1) < end) ++last;
+#pragma unroll 1
+  for (int i = share + 1; i <= last; i += kAtOnce) {
+    float4 parts[kAtOnce][kSums / 4];
 #pragma unroll
-    for (int other = 0; other < kMaxClusterSplits; ++other) {
-      if (other >= args.splits) break;
-      const int slot = other < split ? other : other - 1;
-      const uint32_t from = other == split ? partial + (first + row) * kRowBytes
-                                           : received + (slot * mine + row) * kRowBytes;
-      parts[other] = ld_shared<float4>(from + thread % kQuads * 16);
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int slot = min(i + j, last) * args.columns + column;
+      const float* from = shared_sums<kTileSums, kSums>(args, slot, holder);
+#pragma unroll
+      for (int s = 0; s < kSums / 4; ++s) parts[j][s] = ld_global<float4>(from + s * 128);
     }
-    float sum[4] = {bias[0], bias[1], bias[2], bias[3]};
 #pragma unroll
-    for (int other = 0; other < kMaxClusterSplits; ++other) {
-      if (other >= args.splits) break;
-      sum[0] += parts[other].x;
-      sum[1] += parts[other].y;
-      sum[2] += parts[other].z;
-      sum[3] += parts[other].w;
-    }
-    if (args.n % 4 == 0 && !args.y_f32) {
-      st_global(static_cast<uint16_t*>(args.y) + at,
-                make_uint2(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3])));
-    } else {
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (i + j > last) break;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (n + i < args.n) store_output<T>(args.y, args.y_f32, at + i, sum[i]);
+      for (int s = 0; s < kSums / 4; ++s) {
+        sums[4 * s] += parts[j][s].x;
+        sums[4 * s + 1] += parts[j][s].y;
+        sums[4 * s + 2] += parts[j][s].z;
+        sums[4 * s + 3] += parts[j][s].w;
       }
     }
-    at += static_cast<int64_t>(kRows) * args.n;
   }
+}
+
+// By one warp, beside the others' work: tells the share that stores the first tile that the sums of
+// this one are there, and waits for those of the shares that go on with the last tile.
+__device__ __forceinline__ void exchange_flags(const WgmmaArguments& args, const Walk& walked,
+                                               int column, uint32_t handed, uint32_t received) {
+  const int lane = threadIdx.x % 32;
+  const int share = own_share(args);
+  if (walked.first_step > 0) {
+    barrier_wait(handed, 0);
+    if (lane == 0) raise_flag(args.flags + share * args.columns + column);
+    if (walked.first == walked.end - 1) return;
+  }
+  const int end = walked.end * static_cast<int>(args.tile_size.value);
+  for (int first = share + 1; share_begin(args, first) < end; first += 32) {
+    const bool mine = share_begin(args, first + lane) < end;
+    uint64_t* flag = args.flags + (first + lane) * args.columns + column;
+    while (!warp_all(!mine || flag_raised(flag))) {
+    }
+    if (mine) lower_flag(flag);
+  }
+  warp_sync();
+  if (lane == 0) barrier_arrive_expect(received, 0);
 }
 
 template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
@@ -417,7 +458,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
   const uint32_t stages = barriers + kWgmmaBarrierBytes;
   const auto full = [&](int stage) { return barriers + 16 * stage; };
   const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
-  const uint32_t reduced = barriers + 16 * kWgmmaMaxStages;
+  const uint32_t handed = barriers + 16 * kWgmmaMaxStages, received = handed + 8;
   const uint32_t staging = stages + args.staging;
 
   const int thread = static_cast<int>(threadIdx.x);
@@ -432,7 +473,8 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       barrier_init(full(i), 2);
       barrier_init(empty(i), 4 * kConsumers * args.columns);
     }
-    barrier_init(reduced, 1);
+    barrier_init(handed, 4 * kTiles);
+    barrier_init(received, 1);
     barrier_init_fence();
   } else if (thread == 32) {
     prefetch_map(&x_map);
@@ -440,30 +482,24 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     prefetch_map(&scale_map);
     prefetch_map(&zero_map);
   }
-  const int rank = cluster_rank();
-  const int column = rank & (args.columns - 1);
-  const int split = rank >> (args.columns - 1);
-  const int blocks = args.columns * args.splits;
-  const int first_work = cluster_index();
-  const bool longer = split < args.longer_splits;
-  const int first_step =
-      (args.stages_per_split * split + (longer ? split : args.longer_splits)) * kSteps;
-  const int last_step = first_step + (args.stages_per_split + (longer ? 1 : 0)) * kSteps;
-  const int first_group = args.group_pieces.divide(first_step * 4);
+  const int column = cluster_rank();
+  const Walk walked = walk(args, kSteps);
+  const int tile_steps = args.tile_size.value * kSteps;
   block_sync();
-  if (blocks > 1) {
-    // The peers' barriers must be there before anything is sent to them: x soon, sums at the end.
+  if (args.columns > 1) {
+    // The peer's barriers must be there before anything is sent to them.
     cluster_arrive_relaxed();
-    if (args.columns > 1) cluster_wait();
+    cluster_wait();
   }
 
   if (thread / 32 == 3) {
     // The copy engine starts by reading the tensor maps from memory. Meanwhile the first codes,
     // scales and zero points are on their way to the L2 cache.
-    const int tile = output_tile(args, first_work, column).n * kTiles + lane;
+    const int tile = output_tile(args, walked.first, column).n * kTiles + lane;
     constexpr int kFirst = 4;  // steps; more would delay what is needed first
-    const int end = min(last_step, args.k_steps);
-    const int steps = min(end - first_step, kFirst);
+    const int first_step = walked.first_step;
+    const int steps = min(args.k_steps - first_step, kFirst);
+    const int first_group = args.group_pieces.divide(first_step * 4);
     if (lane < kTiles && tile < tiles_n(args.n) && steps > 0) {
       const int64_t code = lane_offset(kBits, args.k_steps, tile, first_step, 0, 0, 0);
       const int64_t parameter = parameter_index(args.groups, first_group, tile * kTileN);
@@ -483,10 +519,15 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     // the copy instructions want them.
     const bool elected = elect_one();
     const int box_row = column * kBlockM / 2;  // There are no more than two columns.
-    const uint16_t peers = ((1 << args.columns) - 1) << (split * args.columns);
+    const uint16_t peers = (1 << args.columns) - 1;
     int stage = 0, phase = 0;
-    for (int work = first_work; work < args.works && warp < 3; work += args.clusters) {
+    int first_step = walked.first_step;
+    if (warp == 3 && args.shared) {
+      exchange_flags(args, walked, column, handed, received);
+    }
+    for (int work = walked.first; work < walked.end && warp < 3; work += work_stride(args)) {
       const OutputTile tile = output_tile(args, work, column);
+      const int last_step = work + work_stride(args) < walked.end ? tile_steps : walked.last_step;
       int group = -1;
 #pragma unroll 1
       for (int step = first_step; step < last_step; step += kSteps) {
@@ -526,6 +567,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           phase ^= 1;
         }
       }
+      first_step = 0;
     }
   } else {
     registers_raise<wgmma_consumer_registers(kConsumers)>();
@@ -555,10 +597,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     int to_fetch = args.stages;  // until the ring begins anew
     // From a stage's `full` barrier to where this lane says that it is empty: a lane arrives at its
     // own peer's barrier, if it has one.
-    const uint32_t to_empty =
-        cluster_map(empty(0),
-                    lane < args.columns ? split * args.columns + lane : split * args.columns) -
-        full(0);
+    const uint32_t to_empty = cluster_map(empty(0), lane < args.columns ? lane : 0) - full(0);
     int steps_left = 0;  // of the group whose parameters are held
 
     const auto load_group = [&](int group_row) {
@@ -629,17 +668,21 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       if (lane < args.columns) barrier_arrive_cluster(stage_full + to_empty);
     };
 
-    for (int work = first_work; work < args.works; work += args.clusters) {
+    int first_step = walked.first_step;
+    for (int work = walked.first; work < walked.end; work += work_stride(args)) {
       const OutputTile tile = output_tile(args, work, column);
+      const int last_step = work + work_stride(args) < walked.end ? tile_steps : walked.last_step;
+      const int begin = first_step;
+      first_step = 0;
       float sums[kSums];
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-      if (first_step < last_step) {
+      {
         steps_left = 0;
-        fetch(first_step);
-        steps_left = (first_group + 1) * args.group_steps - first_step - kParts;
+        fetch(begin);
+        steps_left = (args.group_pieces.divide(begin * 4) + 1) * args.group_steps - begin - kParts;
 #pragma unroll 1
-        for (int step = first_step; step < last_step; step += kSteps) {
+        for (int step = begin; step < last_step; step += kSteps) {
           const uint64_t x = swizzled_descriptor(fetched + part * (kBlockM * 128));
           const uint32_t multiplied_full = fetched_full;
           const uint32_t scale[2] = {parameters.scale[0], parameters.scale[1]};  // of kOnSums
@@ -674,11 +717,9 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       }
 
       if (thread % 128 == 0) store_wait_read();  // The tile before this has left the staging.
-      if (kParts > 1 || args.splits > 1) named_barrier(1, 128 * kConsumers);
       if constexpr (kParts > 1) {
-        const uint32_t exchange =
-            (args.splits > 1 ? stages + kBlockM * wgmma_sums_pitch(kBlockN) : staging) +
-            (feature_tile * 4 + warp) * (kSums * 128) + lane * 16;
+        named_barrier(1, 128 * kConsumers);
+        const uint32_t exchange = staging + (feature_tile * 4 + warp) * (kSums * 128) + lane * 16;
         if (part == 1) {
 #pragma unroll
           for (int i = 0; i < kSums; i += 4) {
@@ -697,17 +738,19 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           sums[i + 3] += other.w;
         }
       }
+      const int holder = feature_tile * 4 + warp;  // of sums, of a block's warps
+      if (begin > 0) {
+        hand_over<kBlockN * kBlockM>(sums, args, own_share(args) * args.columns + column, holder);
+        warp_sync();
+        if (lane == 0) barrier_arrive_expect(handed, 0);
+        continue;
+      }
+      if (last_step < tile_steps) {
+        barrier_wait(received, 0);
+        add_shares<kBlockN * kBlockM>(sums, args, own_share(args), work, column, holder);
+      }
       const int n0 = tile.n * kBlockN + feature_tile * kTileN + row;
-      if (args.splits > 1) {
-        // f32 partial sums, transposed to [kBlockM][kBlockN], where the stages were.
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) {
-          const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
-          const int n = feature_tile * kTileN + row + i / 2 % 2 * 8;
-          st_shared(stages + m * wgmma_sums_pitch(kBlockN) + n * 4, sums[i]);
-        }
-        fence_async_proxy();
-      } else if (args.y_mapped) {
+      if (args.y_mapped) {
         // Not where other warpgroups may still be reading each other's sums.
         const uint32_t to =
             staging + feature_tile * (kTileN * kBlockM) * (kParts > 1 ? sizeof(float) : 2);
@@ -748,18 +791,11 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       }
     }
     if (thread % 128 == 0) store_wait_read();
-    if (args.splits > 1) {
-      named_barrier(1, 128 * kConsumers);
-      if (args.columns == 1) cluster_wait();
-      reduce_splits<T, kConsumers, kBlockN, kBlockM>(
-          args, stages, staging, reduced, output_tile(args, first_work, column), column, split);
-    }
   }
-  if (blocks > 1) {
-    // A block stays until its peers have received what it sent and arrived on its barriers.
+  if (args.columns > 1) {
+    // A block stays until its peer has received what it sent and arrived on its barriers.
     warp_sync();
-    if (warpgroup == 0 && args.columns == 1) cluster_wait();
-    if (warpgroup == 0 || args.splits == 1) cluster_arrive_relaxed();
+    cluster_arrive_relaxed();
     cluster_wait();
   }
 }

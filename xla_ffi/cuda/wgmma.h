@@ -5,15 +5,18 @@
 
 namespace jax_gptq::cuda {
 
-// Output features and rows of x of a block, and the cluster it works in.
+// Output features and rows of x of a block, and who computes which part of the product.
 struct WgmmaPlan {
   int block_n = 0;  // 256 with block_m 16, 32 or 64; 128 with block_m 32, 64, 128 or 256
   int block_m = 0;
   int columns = 1;      // blocks of a cluster that share rows of x by multicast: 1 or 2
-  int splits = 1;       // blocks of a cluster that share an output tile, each with a part of k
-  int clusters = 0;     // clusters launched; each walks over output tiles if splits is 1
+  int shares = 0;       // clusters that share all tiles' stages evenly; 0: whole tiles in turn
+  int clusters = 0;     // clusters launched
   double estimate = 0;  // microseconds, without a start that all plans have alike
 };
+
+// Flags of 8 bytes, one for a block, at the start of the workspace; sums follow.
+constexpr int kWgmmaFlags = 1024;
 
 // Where and how the scales apply.
 enum class WgmmaMode {
@@ -24,13 +27,13 @@ enum class WgmmaMode {
   kFine,     // the same, with groups that end inside a step
 };
 
-// Clusters of `blocks` blocks, one block per multiprocessor, that are resident at once: what
-// cudaOccupancyMaxActiveClusters says on an H200, whose processing clusters are of unequal size.
+// Clusters of one or two blocks, one block per multiprocessor, that are resident at once.
 constexpr int wgmma_resident_clusters(int blocks, int processors) {
-  constexpr int kOn132[] = {132, 66, 39, 30, 22, 17, 15, 15};
-  const int count = kOn132[blocks - 1] * processors / 132;
-  return count > 0 ? count : 1;
+  return processors >= blocks ? processors / blocks : 1;
 }
+
+// Steps of 64 along K in a stage. Two, where they fit, halve the cost of the barriers.
+constexpr int wgmma_stage_steps(int block_m) { return block_m == 256 ? 1 : 2; }
 
 // Output tiles, `columns` neighbours together.
 constexpr int wgmma_works(const Problem& problem, const WgmmaPlan& plan) {
@@ -38,12 +41,19 @@ constexpr int wgmma_works(const Problem& problem, const WgmmaPlan& plan) {
          ceil_div(ceil_div(problem.n, plan.block_n), plan.columns);
 }
 
-// Clusters to launch for `plan`: one for each of those if K is split, else no more than are
-// resident at once.
+// Stages along K.
+constexpr int wgmma_stages(const Problem& problem, const WgmmaPlan& plan) {
+  return ceil_div(problem.k, wgmma_stage_steps(plan.block_m) * kStepK);
+}
+
+// Clusters to launch for `plan`, never more than are resident at once.
 constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int processors) {
   const int works = wgmma_works(problem, plan);
-  const int resident = wgmma_resident_clusters(plan.columns * plan.splits, processors);
-  return plan.splits > 1 || works < resident ? works : resident;
+  const int most = plan.shares == 0 ? works : works * wgmma_stages(problem, plan);
+  const int wanted = plan.shares == 0 ? works : plan.shares;
+  const int resident = wgmma_resident_clusters(plan.columns, processors);
+  const int clusters = wanted < resident ? wanted : resident;
+  return clusters < most ? clusters : most;
 }
 
 // Whether the kernel can take the problem, up to kUnroundedRows rows without rounding weights.

@@ -7,7 +7,8 @@
 
 namespace jax_gptq::cuda {
 
-// One kernel on `stream`; nothing is allocated and nothing waits.
-cudaError_t launch_wgmma(const Problem& problem, const WgmmaPlan& plan, cudaStream_t stream);
+// One kernel on `stream`; nothing is allocated and nothing waits. `workspace`: as launch_matmul.
+cudaError_t launch_wgmma(const Problem& problem, const WgmmaPlan& plan, void* workspace,
+                         cudaStream_t stream);
 
 }  // namespace jax_gptq::cuda

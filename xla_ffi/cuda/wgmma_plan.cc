@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "wgmma.h"
 
@@ -32,29 +34,37 @@ struct Tile {
   double exact, split;
   double on_sums = std::numeric_limits<double>::infinity();  // there is none
 };
-constexpr Tile kTiles[] = {{256, 16, 0.33, 0.40, 0.34}, {256, 32, 0.365, 0.43, 0.39},
-                           {256, 64, 0.45, 0.53},       {128, 32, 0.22, 0.265},
-                           {128, 64, 0.24, 0.29, 0.27}, {128, 128, 0.335, 0.42, 0.35},
-                           {128, 256, 0.63, 0.64}};
+constexpr Tile kTiles[] = {{256, 16, 0.345, 0.40, 0.355}, {256, 32, 0.375, 0.43, 0.39},
+                           {256, 64, 0.45, 0.515},        {128, 32, 0.225, 0.27},
+                           {128, 64, 0.25, 0.29, 0.27},   {128, 128, 0.36, 0.42, 0.38},
+                           {128, 256, 0.67, 0.67}};
 
 double step_time(const Tile& tile, WgmmaMode mode) {
   if (mode == WgmmaMode::kOnSums) return tile.on_sums;
   return mode == WgmmaMode::kSplit ? tile.split : tile.exact;
 }
 
-// Microseconds beyond a start that all plans have alike; fitted to measurements, the steps on an
-// H200, the rest on an H100: docs/h200_notes.md (2026-11-26, fourth and seventh). m counts in whole
-// blocks only, so that K is cut in the same way for all m with the same number of blocks.
-double estimate(const Problem& problem, const WgmmaPlan& plan, double step, int processors) {
-  constexpr double kWave = 2.0, kSplit = 0.2, kPerSplit = 0.2, kPerKilobyte = 0.04;
-  const double product = ceil_div(ceil_div(steps_k(problem.k), 2), plan.splits) * 2 * step;
-  if (plan.splits > 1) {
-    const double sent = 4e-3 * plan.block_m * plan.block_n * (plan.splits - 1) / plan.splits;
-    return product + kSplit + kPerSplit * plan.splits + kPerKilobyte * sent;
-  }
-  const int waves =
-      ceil_div(wgmma_works(problem, plan), wgmma_resident_clusters(plan.columns, processors));
-  return waves * product + (waves - 1) * kWave;
+// Microseconds beyond a start that all plans have alike; fitted to measurements on an H200:
+// docs/h200_notes.md (2026-11-26, eighth). m counts in whole blocks only, so that K is cut in the
+// same way for all m with the same number of blocks.
+double estimate(const Problem& problem, const WgmmaPlan& plan, double step) {
+  constexpr double kShares = 0.2, kPart = 0.28, kSecondTile = 0.45, kPer4096Sums = 0.78;
+  const int works = wgmma_works(problem, plan), stages = wgmma_stages(problem, plan);
+  const double stage = wgmma_stage_steps(plan.block_m) * step;
+  if (plan.shares == 0) return ceil_div(works, plan.clusters) * stages * stage;
+  const int share = ceil_div(works * stages, plan.clusters);
+  return share * stage + kShares + kPart * ceil_div(stages, share) +
+         (plan.clusters % works == 0 ? 0.0 : kSecondTile) +
+         kPer4096Sums * plan.block_n * plan.block_m / 4096;
+}
+
+// Of x, so that it stays in the L2 cache beside the weights that come through it.
+constexpr int64_t kCachedElements = 8 << 20;
+
+// Whether the sums of every share fit into the workspace.
+bool shares_fit(const WgmmaPlan& plan, int shares) {
+  const int64_t share = int64_t{plan.block_n} * plan.block_m * 4;
+  return 8 * kWgmmaFlags + shares * plan.columns * share <= kWorkspaceBytes;
 }
 
 }  // namespace
@@ -64,27 +74,32 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
   WgmmaPlan best;
   best.estimate = std::numeric_limits<double>::infinity();
   for (const Tile& tile : kTiles) {
-    // Not half empty, and of 16 or 32 rows only one: it reads the weight again for the next.
-    if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > tile.block_m) continue;
+    // Not half empty, and of 16 or 32 rows two at most.
+    if (tile.block_m > 32 ? tile.block_m >= 2 * problem.m : problem.m > 2 * tile.block_m) continue;
     const WgmmaMode mode = wgmma_mode(problem, tile.block_n, tile.block_m);
     if (problem.m <= kUnroundedRows && mode != WgmmaMode::kOnSums) continue;
-    // Of the largest tile's sums those of three parts fit into shared memory; two are enough.
     const double step = step_time(tile, mode);
-    const int most = tile.block_m == 256 ? 2 : kMaxClusterSplits;
-    for (int splits = 1; splits <= most; ++splits) {
-      WgmmaPlan plan{tile.block_n, tile.block_m, 1, splits, 0};
-      if (tile.block_m == 256 && splits == 1 && problem.m > 256) plan.columns = 2;
-      // A split is for multiprocessors that would idle, and leaves a block four steps.
-      if (splits > 1 &&
-          (4 * splits > steps_k(problem.k) ||
-           wgmma_works(problem, plan) > wgmma_resident_clusters(splits, processors))) {
-        break;
+    WgmmaPlan plan{tile.block_n, tile.block_m};
+    if (tile.block_m >= 128 && wgmma_works(problem, plan) > processors) plan.columns = 2;
+    const int resident = wgmma_resident_clusters(plan.columns, processors);
+    const int works = wgmma_works(problem, plan), stages = works * wgmma_stages(problem, plan);
+    // Whole tiles in turn. Or as many shares as are resident, of two stages or more, or some of
+    // each tile: each with tiles of its own, so x must stay in the L2 cache.
+    std::vector<int> candidates = {0};
+    if (int64_t{ceil_div(problem.m, 64)} * 64 * problem.k <= kCachedElements) {
+      candidates.push_back(std::min(resident, std::max(1, stages / 2)));
+      for (int parts = 2; parts <= 8 && parts * works <= resident; ++parts) {
+        candidates.push_back(parts * works);
       }
-      plan.estimate = estimate(problem, plan, step, processors);
+    }
+    for (int shares : candidates) {
+      if (!shares_fit(plan, shares)) continue;
+      plan.shares = shares;
+      plan.clusters = wgmma_clusters(problem, plan, processors);
+      plan.estimate = estimate(problem, plan, step);
       if (plan.estimate < best.estimate) best = plan;
     }
   }
-  best.clusters = wgmma_clusters(problem, best, processors);
   return best;
 }
 

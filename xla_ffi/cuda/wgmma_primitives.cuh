@@ -110,17 +110,6 @@ __device__ __forceinline__ void copy_box_multicast(uint32_t destination, const T
       : "memory");
 }
 
-// `bytes` of this block's shared memory to another block's, completing on a barrier there; both
-// addresses are cluster_map'ed, everything is a multiple of 16 bytes.
-__device__ __forceinline__ void copy_to_block(uint32_t mapped, uint32_t source, uint32_t bytes,
-                                              uint32_t mapped_barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
-      " [%0], [%1], %2, [%3];" ::"r"(mapped),
-      "r"(source), "r"(bytes), "r"(mapped_barrier)
-      : "memory");
-}
-
 __device__ __forceinline__ void store_box(const TensorMap* map, uint32_t source, int x, int y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),

@@ -79,7 +79,7 @@ ffi::Error matmul(ffi::AnyBuffer x, ffi::Buffer<ffi::U32> codes, ffi::AnyBuffer 
         if (current.wgmma) {
           cuda::WgmmaPlan plan = *current.wgmma;
           plan.clusters = cuda::wgmma_clusters(problem, plan, device.processors);
-          return cuda::launch_wgmma(problem, plan, nullptr);
+          return cuda::launch_wgmma(problem, plan, workspace->untyped_data(), nullptr);
         }
         const cuda::Plan plan = cuda::make_plan(problem, device);
         return cuda::launch_matmul(problem, plan, workspace->untyped_data(), nullptr);

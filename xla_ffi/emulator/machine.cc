@@ -76,7 +76,8 @@ void Machine::launch(const char* kernel, const Launch& launch, const std::functi
   memory_.start_launch();
   std::vector<int> order(blocks / launch.cluster);
   std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), random_);
+  if (!launch.in_order) std::shuffle(order.begin(), order.end(), random_);
+  flags_.clear();
   for (int cluster : order) run_cluster(cluster);
 }
 
@@ -97,7 +98,7 @@ void Machine::run_cluster(int cluster) {
     block.barriers.fill({});
   }
   const Clocks never = std::make_shared<const Vector>(agents_, 0);
-  const View nothing{never, never};
+  nothing_ = {never, never};
   threads_.assign(count, {});
   warps_.assign(count / kWarp, {});
   for (int i = 0; i < count; ++i) {
@@ -106,7 +107,7 @@ void Machine::run_cluster(int cluster) {
     thread.index = i % launch_.threads;
     thread.block = i / launch_.threads;
     thread.observer.agent = i;
-    thread.observer.view = nothing;
+    thread.observer.view = nothing_;
     thread.fiber->start(&Machine::thread_main);
   }
   for (Warp& warp : warps_) warp.ready = kAllLanes;
@@ -117,7 +118,7 @@ void Machine::run_cluster(int cluster) {
   cluster_arrivals_ = 0;
   cluster_phase_ = 0;
   cluster_released_ = {};
-  cluster_completed_ = nothing;
+  cluster_completed_ = nothing_;
   cluster_waiting_.clear();
   error_.clear();
   alive_ = count;
@@ -219,13 +220,23 @@ void join(Vector& all, const Vector& other) {
   for (size_t i = 0; i < all.size(); ++i) all[i] = std::max(all[i], other[i]);
 }
 
+// Knowledge of a cluster only grows by one flag that it raises.
+Foreign join(const Foreign& left, const Foreign& right) {
+  if (!right || left == right) return left;
+  if (!left) return right;
+  auto both = std::make_shared<std::map<uint32_t, Clocks>>(*left);
+  both->insert(right->begin(), right->end());
+  return both;
+}
+
 View join(const View& left, const View& right) {
+  const Foreign foreign = join(left.foreign, right.foreign);
   auto visible = std::make_shared<Vector>(*left.visible);
   join(*visible, *right.visible);
-  if (left.visible == left.over && right.visible == right.over) return {visible, visible};
+  if (left.visible == left.over && right.visible == right.over) return {visible, visible, foreign};
   auto over = std::make_shared<Vector>(*left.over);
   join(*over, *right.over);
-  return {visible, over};
+  return {visible, over, foreign};
 }
 
 }  // namespace
@@ -247,8 +258,12 @@ View Released::take(uint32_t agents) {
   if (std::any_of(known_.begin(), known_.end(), differs)) {
     over = std::make_shared<Vector>(agents, 0);
   }
+  Foreign foreign;
   for (const Known& known : known_) {
-    if (!known.relaxed) join(*visible, *known.view.visible);
+    if (!known.relaxed) {
+      join(*visible, *known.view.visible);
+      foreign = join(foreign, known.view.foreign);
+    }
     if (over != visible) join(*over, *known.view.over);
   }
   for (const Clock& clock : clocks_) {
@@ -259,7 +274,7 @@ View Released::take(uint32_t agents) {
   }
   known_.clear();
   clocks_.clear();
-  return {visible, over};
+  return {visible, over, foreign};
 }
 
 const View& Union::of(const View& left, const View& right) {
@@ -374,6 +389,31 @@ void* Machine::global_write(void* pointer, size_t bytes, size_t alignment) {
       memory_.write(*buffer, pointer, bytes, cluster_index_, running_->observer);
   if (!problem.empty()) fail(problem);
   return pointer;
+}
+
+void Machine::raise_flag(uint64_t* flag, uint64_t value) {
+  std::memcpy(global_write(flag, sizeof(value), sizeof(value)), &value, sizeof(value));
+  Released released;
+  release_into(released);
+  const View view = released.take(agents_);
+  auto foreign = std::make_shared<std::map<uint32_t, Clocks>>();
+  if (view.foreign) *foreign = *view.foreign;
+  (*foreign)[cluster_index_] = view.visible;
+  flags_[flag] = {nothing_.visible, nothing_.over, foreign};
+}
+
+// Clusters run one after another, so that a flag is raised by now or never.
+bool Machine::flag_raised(const uint64_t* flag, uint64_t value) {
+  uint64_t found = 0;
+  const auto raised = flags_.find(flag);
+  if (raised != flags_.end()) {
+    acquire(raised->second);
+    std::memcpy(&found, global_read(flag, sizeof(found), sizeof(found)), sizeof(found));
+  }
+  if (found != value) {
+    fail("waits for a flag at " + memory_.describe(flag) + " that no block before it has raised");
+  }
+  return true;
 }
 
 // ---- Barriers --------------------------------------------------------------------------------
@@ -625,24 +665,6 @@ void Machine::copy_multicast(uint32_t shared, const void* from, size_t bytes, ui
     copy_bulk(rank, offset, barrier, bytes,
               [=](unsigned char* to, const Observer&) { std::copy_n(data, bytes, to); });
   }
-}
-
-void Machine::copy_to_block(uint32_t mapped, uint32_t source, size_t bytes,
-                            uint32_t mapped_mbarrier) {
-  if (mapped >> kRankShift != mapped_mbarrier >> kRankShift) {
-    fail("copies to one block and completes in another");
-  }
-  const uint32_t mask = (1u << kRankShift) - 1;
-  const size_t offset = shared_offset(mapped & mask, bytes, 16, "copy to a block");
-  const size_t barrier = shared_offset(mapped_mbarrier & mask, 8, 8, "mbarrier");
-  const size_t from = shared_offset(source, bytes, 16, "copy to a block");
-  Block& own = block();
-  copy_bulk(static_cast<int>(mapped >> kRankShift) - 1, offset, barrier, bytes,
-            [=, &own](unsigned char* to, const Observer& engine) {
-              const std::string problem = own.shared.read_async(from, bytes, engine, fenced_);
-              if (!problem.empty()) fail("copy to a block: " + problem);
-              std::copy_n(own.shared.data() + from, bytes, to);
-            });
 }
 
 // One bulk copy that somebody waits for arrives; false if there is none.

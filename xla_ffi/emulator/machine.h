@@ -1,9 +1,9 @@
 // A multiprocessor that runs one cluster at a time, every thread a fiber, as badly as it may.
 //
-// The order of blocks and of ready warps is shuffled by a seed; a lane runs until it must wait, so
-// lanes of a warp drift apart as far as the program lets them; asynchronous copies arrive only at
-// their wait. Only barriers order memory: shuffles and matrix products wait for all lanes of the
-// warp but say nothing about what these wrote.
+// The order of blocks (unless they may wait for one another) and of ready warps is shuffled by a
+// seed; a lane runs until it must wait, so lanes of a warp drift apart as far as the program lets
+// them; asynchronous copies arrive only at their wait. Only barriers order memory: shuffles and
+// matrix products wait for all lanes of the warp but say nothing about what these wrote.
 //
 // Not covered: time, caches, bank conflicts, register pressure, and that `.aligned` barriers want
 // the lanes of a warp to have converged.
@@ -58,6 +58,7 @@ struct Launch {
   int threads;
   int cluster;  // consecutive blocks along x
   int shared_bytes;
+  bool in_order;  // blocks may wait for blocks of lower index, so they run in order
 
   int blocks() const { return grid.x * grid.y * grid.z; }
 };
@@ -180,6 +181,10 @@ class Machine {
   const void* global_read(const void* pointer, size_t bytes, size_t alignment);
   void* global_write(void* pointer, size_t bytes, size_t alignment);
 
+  // Flags in global memory between clusters of a launch.
+  void raise_flag(uint64_t* flag, uint64_t value);
+  bool flag_raised(const uint64_t* flag, uint64_t value);
+
   void barrier(int id, int threads);
   void warp_barrier();
   void cluster_arrive(bool relaxed);
@@ -201,7 +206,6 @@ class Machine {
                 std::array<int, 3> at, const std::vector<int>& ranks);
   void copy_multicast(uint32_t shared, const void* from, size_t bytes, uint32_t mbarrier,
                       const std::vector<int>& ranks);
-  void copy_to_block(uint32_t mapped, uint32_t source, size_t bytes, uint32_t mapped_mbarrier);
   void store_box(const cuda::MapDescription& map, uint32_t shared, int x, int y);
   void store_commit();
   void store_wait_read();
@@ -262,11 +266,14 @@ class Machine {
   std::mt19937_64 random_;
 
   std::vector<std::string> launched_kernels_;
+  // What is visible to whoever finds a flag of this launch raised.
+  std::map<const uint64_t*, View> flags_;
   const char* kernel_ = "";
   Launch launch_{};
   const std::function<void()>* body_ = nullptr;
   uint32_t cluster_index_ = 0;
   uint32_t agents_ = 0;
+  View nothing_;  // of the running cluster's agents
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;

@@ -182,7 +182,10 @@ std::string GlobalMemory::read(const Buffer& buffer, const void* pointer, size_t
     const std::string where = "read of byte " + std::to_string(i) + " of " + buffer.name;
     if (last.launch == 0) return where + ", which nobody has written";
     if (last.launch != launch_) continue;
-    if (last.cluster != cluster) return where + ", written by another block of the same launch";
+    if (last.cluster != cluster) {
+      if (self.sees(last.cluster, last.stamp)) continue;
+      return where + ", written by another block of the same launch";
+    }
     if (!self.sees(last.stamp)) {
       return where + " is not ordered after a write" + by(last.stamp) + kNoBarrier;
     }
@@ -197,8 +200,11 @@ std::string GlobalMemory::write(const Buffer& buffer, const void* pointer, size_
     Write& last = history(buffer, i);
     if (last.launch == launch_) {
       const std::string where = "write of byte " + std::to_string(i) + " of " + buffer.name;
-      if (last.cluster != cluster) return where + ", written by another block of the same launch";
-      if (!self.sees(last.stamp)) {
+      if (last.cluster != cluster) {
+        if (!self.sees(last.cluster, last.stamp)) {
+          return where + ", written by another block of the same launch";
+        }
+      } else if (!self.sees(last.stamp)) {
         return where + " is not ordered after a write" + by(last.stamp);
       }
     }

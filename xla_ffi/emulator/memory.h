@@ -10,6 +10,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -30,14 +31,19 @@ inline uint32_t stamp_clock(Stamp stamp) { return stamp & kMaxClock; }
 using Vector = std::vector<uint32_t>;  // a clock of every agent
 using Clocks = std::shared_ptr<const Vector>;
 
+// What an agent knows of other clusters of its launch, by flags in global memory: which of their
+// accesses are visible to it.
+using Foreign = std::shared_ptr<const std::map<uint32_t, Clocks>>;
+
 // What an agent knows of the others: which of their accesses are visible to it, and which are at
 // least over. A relaxed barrier tells only the latter: memory may then be written again, but not
 // read. Threads that leave a barrier together know the same and share it.
 struct View {
   Clocks visible, over;
+  Foreign foreign = nullptr;
 
   bool operator==(const View& other) const {
-    return visible == other.visible && over == other.over;
+    return visible == other.visible && over == other.over && foreign == other.foreign;
   }
   bool operator!=(const View& other) const { return !(*this == other); }
 };
@@ -50,6 +56,12 @@ struct Observer {
 
   Stamp stamp() const { return make_stamp(agent, clock); }
   bool sees(Stamp stamp) const { return after(stamp, *view.visible); }
+  bool sees(uint32_t cluster, Stamp stamp) const {
+    if (!view.foreign) return false;
+    const auto known = view.foreign->find(cluster);
+    return known != view.foreign->end() &&
+           stamp_clock(stamp) <= (*known->second)[stamp_agent(stamp)];
+  }
   bool knows_over(Stamp stamp) const { return after(stamp, *view.over); }
 
  private:

@@ -28,10 +28,9 @@ NB_MODULE(_cuda_emulated, m) {
       [](int arch, int processors, uint64_t seed, const std::vector<int>& wgmma) {
         jax_gptq::emulator::Settings settings{{arch, processors}, seed};
         if (!wgmma.empty()) {
-          if (wgmma.size() != 4 || wgmma[2] < 1 || wgmma[2] > 2 || wgmma[3] < 1 ||
-              wgmma[2] * wgmma[3] > 8) {
+          if (wgmma.size() != 4 || wgmma[2] < 1 || wgmma[2] > 2 || wgmma[3] < 0) {
             throw nb::value_error(
-                "wgmma: expected block_n, block_m, columns (1 or 2) and splits, at most 8 blocks");
+                "wgmma: expected block_n, block_m, columns (1 or 2) and shares (0: whole tiles)");
           }
           settings.wgmma = {wgmma[0], wgmma[1], wgmma[2], wgmma[3]};
         }
@@ -41,7 +40,7 @@ NB_MODULE(_cuda_emulated, m) {
       nb::arg("wgmma") = std::vector<int>(),
       "The emulated device (arch: 10 * major + minor; processors: streaming multiprocessors), the "
       "seed of the order in which blocks, warps, lanes and copies take their turns, and, if given, "
-      "the plan of every product on sm_90a: block_n, block_m, columns, splits.");
+      "the plan of every product on sm_90a: block_n, block_m, columns, shares.");
   m.def("launches", &jax_gptq::emulator::launches,
         "Names of the kernels that the latest call launched, in order.");
 }

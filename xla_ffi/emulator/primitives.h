@@ -74,12 +74,13 @@ struct Grid {
   int threads;
   int cluster = 1;
   int shared_bytes = 0;
+  bool in_order = false;
 };
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const char* name, const Grid& grid, cudaStream_t /*s*/,
                    A... args) {
-  machine->launch(name, {grid.grid, grid.threads, grid.cluster, grid.shared_bytes},
+  machine->launch(name, {grid.grid, grid.threads, grid.cluster, grid.shared_bytes, grid.in_order},
                   [&] { kernel(P(args)...); });
   return cudaSuccess;
 }
@@ -134,6 +135,11 @@ template <class T>
 void st_global(void* p, T value) {
   std::memcpy(machine->global_write(p, sizeof(T), sizeof(T)), &value, sizeof(T));
 }
+
+constexpr uint64_t kRaised = 0x9e6c63d0676a9a99u;
+inline void raise_flag(uint64_t* flag) { machine->raise_flag(flag, kRaised); }
+inline void lower_flag(uint64_t* flag) { st_global(flag, uint64_t{0}); }
+inline bool flag_raised(const uint64_t* flag) { return machine->flag_raised(flag, kRaised); }
 
 // ---- Asynchronous copies ---------------------------------------------------------------------
 
@@ -227,6 +233,7 @@ inline uint32_t warp_max(uint32_t value) {
   return mine.value;
 }
 inline uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
+inline bool warp_all(bool value) { return warp_min(value) == 1; }
 
 // Both products of bytes; kHalves of 16 along k.
 template <int kHalves>

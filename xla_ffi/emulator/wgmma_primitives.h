@@ -46,10 +46,6 @@ inline void copy_box_multicast(uint32_t destination, const TensorMap* map, uint3
                                int y, uint16_t blocks) {
   machine->copy_box(destination, *map, barrier, {x, y, 0}, emulator::ranks_of(blocks));
 }
-inline void copy_to_block(uint32_t mapped, uint32_t source, uint32_t bytes,
-                          uint32_t mapped_barrier) {
-  machine->copy_to_block(mapped, source, bytes, mapped_barrier);
-}
 inline void store_box(const TensorMap* map, uint32_t source, int x, int y) {
   machine->store_box(*map, source, x, y);
 }

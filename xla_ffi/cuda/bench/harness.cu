@@ -189,6 +189,7 @@ class Buffers {
     }
     x_ = allocate(size_t(c.m) * c.k * 2);
     y_ = allocate(size_t(c.m) * c.n * 2);
+    workspace_ = allocate(kWorkspaceBytes);
     fill_values<<<256, 256>>>(x_, size_t(c.m) * c.k, c.dtype, c.exact ? 2 : 0, 1);
     if (c.bias) {
       bias_ = allocate(size_t(c.n) * 4);
@@ -223,6 +224,9 @@ class Buffers {
     return weight_bytes_ + parameters_ * (c_.scale_dtype == Dtype::kF32 ? 5 : 3) +
            size_t(c_.m) * (c_.k + c_.n) * 2;
   }
+
+  // Products that may run at the same time have one each.
+  void* workspace() const { return workspace_; }
 
   void poison() { CHECK(cudaMemset(y_, 0xff, size_t(c_.m) * c_.n * 2)); }
 
@@ -284,7 +288,7 @@ class Buffers {
   int k_tiles_, n_tiles_, group_, groups_;
   size_t weight_bytes_, parameters_;
   std::vector<void*> all_, qweight_, scales_, qzeros_;
-  void *x_ = nullptr, *y_ = nullptr, *bias_ = nullptr;
+  void *x_ = nullptr, *y_ = nullptr, *bias_ = nullptr, *workspace_ = nullptr;
   std::vector<int> rows_;
   std::vector<double> reference_;
 };
@@ -344,7 +348,7 @@ double time_graph(int launches, const std::function<cudaError_t(int, cudaStream_
 
 struct Variant {
   std::string name;
-  std::function<cudaError_t(const Problem&, cudaStream_t)> launch;
+  std::function<cudaError_t(const Problem&, void* workspace, cudaStream_t)> launch;
 };
 
 std::string format(const char* pattern, int a, int b, int c = 0, int d = 0) {
@@ -353,22 +357,13 @@ std::string format(const char* pattern, int a, int b, int c = 0, int d = 0) {
   return text;
 }
 
-void* workspace() {
-  static void* memory = [] {
-    void* p;
-    CHECK(cudaMalloc(&p, kWorkspaceBytes));
-    return p;
-  }();
-  return memory;
-}
-
 Device device() { return {90, multiprocessors(), kSharedBytes}; }
 
 // What the op takes.
 Variant chosen(const Problem& problem) {
   const Plan plan = make_plan(problem, device());
-  const auto launch = [=](const Problem& p, cudaStream_t stream) {
-    return launch_matmul(p, plan, workspace(), stream);
+  const auto launch = [=](const Problem& p, void* workspace, cudaStream_t stream) {
+    return launch_matmul(p, plan, workspace, stream);
   };
   switch (plan.kernel) {
     case Kernel::kDecode:
@@ -376,7 +371,7 @@ Variant chosen(const Problem& problem) {
     case Kernel::kWgmma: {
       const WgmmaPlan w = wgmma_plan(problem, device());
       return {
-          format("chosen: n%d m%d cols %d splits %d", w.block_n, w.block_m, w.columns, w.splits),
+          format("chosen: n%d m%d cols %d shares %d", w.block_n, w.block_m, w.columns, w.shares),
           launch};
     }
     default:
@@ -403,8 +398,8 @@ std::vector<Variant> variants(const Problem& problem) {
       plan.grid = groups * splits;
       plan.shared_bytes = shared.size;
       result.push_back({format("decode splits %d grid %d", splits, plan.grid),
-                        [=](const Problem& p, cudaStream_t stream) {
-                          return launch_matmul(p, plan, workspace(), stream);
+                        [=](const Problem& p, void* workspace, cudaStream_t stream) {
+                          return launch_matmul(p, plan, workspace, stream);
                         }});
     }
     if (problem.m <= 4) return result;
@@ -416,16 +411,19 @@ std::vector<Variant> variants(const Problem& problem) {
     for (int block_n : {128, 256}) {
       if (block_n == 256 ? block_m > 64 : block_m == 16) continue;
       for (int columns : {1, 2}) {
-        for (int splits = 1; splits * columns <= 8; ++splits) {
-          const int blocks = ceil_div(problem.m, block_m) * ceil_div(problem.n, block_n) * splits;
-          if (splits > 1 && blocks > 2 * multiprocessors()) continue;
-          const WgmmaPlan plan{block_n, block_m, columns, splits};
-          result.push_back({format("n%d m%d cols %d splits %d", block_n, block_m, columns, splits),
-                            [=](const Problem& p, cudaStream_t stream) {
-                              WgmmaPlan sized = plan;
-                              sized.clusters = wgmma_clusters(p, plan, multiprocessors());
-                              return launch_wgmma(p, sized, stream);
-                            }});
+        WgmmaPlan plan{block_n, block_m, columns};
+        const int works = wgmma_works(problem, plan);
+        const int resident = multiprocessors() / columns;
+        for (int parts = 0; parts <= 9; ++parts) {
+          plan.shares = parts == 9 ? resident : parts == 1 ? 0 : parts * works;
+          if (parts == 0 || plan.shares > resident) continue;
+          plan.clusters = wgmma_clusters(problem, plan, multiprocessors());
+          if (plan.shares > 0 && plan.clusters < plan.shares) continue;
+          result.push_back(
+              {format("n%d m%d cols %d shares %d", block_n, block_m, columns, plan.shares),
+               [=](const Problem& p, void* workspace, cudaStream_t stream) {
+                 return launch_wgmma(p, plan, workspace, stream);
+               }});
         }
       }
     }
@@ -440,7 +438,7 @@ double limit(Dtype dtype) { return dtype == Dtype::kBf16 ? 5e-3 : 6e-4; }
 bool check_case(const Case& c, const Variant& variant, Buffers& buffers, int runs) {
   const Problem problem = buffers.problem();
   buffers.poison();
-  cudaError_t error = variant.launch(problem, nullptr);
+  cudaError_t error = variant.launch(problem, buffers.workspace(), nullptr);
   if (error == cudaSuccess) error = cudaDeviceSynchronize();
   const char* verdict = "ok";
   double relative = NAN;
@@ -458,7 +456,7 @@ bool check_case(const Case& c, const Variant& variant, Buffers& buffers, int run
   const std::vector<uint16_t> first = buffers.output();
   for (int run = 1; run < runs; ++run) {
     buffers.poison();
-    CHECK(variant.launch(problem, nullptr));
+    CHECK(variant.launch(problem, buffers.workspace(), nullptr));
     if (buffers.output() != first) {
       verdict = "FAIL changes between runs";
       break;
@@ -540,7 +538,7 @@ int streams(int first_m, int second_m) {
   std::vector<std::vector<uint16_t>> alone;
   const auto launch = [&](const Buffers& buffers, cudaStream_t stream) {
     const Problem problem = buffers.problem();
-    CHECK(chosen(problem).launch(problem, stream));
+    CHECK(chosen(problem).launch(problem, buffers.workspace(), stream));
   };
   cudaStream_t one, two;
   CHECK(cudaStreamCreate(&one));
@@ -569,7 +567,7 @@ void tune(Case c) {
   std::vector<std::pair<double, std::string>> results;
   for (const Variant& variant : variants(buffers.problem())) {
     buffers.poison();
-    if (variant.launch(buffers.problem(), nullptr) != cudaSuccess) {
+    if (variant.launch(buffers.problem(), buffers.workspace(), nullptr) != cudaSuccess) {
       cudaGetLastError();
       continue;
     }
@@ -578,7 +576,9 @@ void tune(Case c) {
     if (!(error < limit(c.dtype))) std::printf("FAIL %s error %.2e\n", variant.name.c_str(), error);
     const double us = time_graph(
         c.copies,
-        [&](int i, cudaStream_t stream) { return variant.launch(buffers.problem(i), stream); },
+        [&](int i, cudaStream_t stream) {
+          return variant.launch(buffers.problem(i), buffers.workspace(), stream);
+        },
         0.01);
     if (us > 0) results.push_back({us, variant.name});
   }
@@ -645,7 +645,6 @@ void ceilings() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  workspace();
   const std::string command = argc > 1 ? argv[1] : "";
   if (command == "check") return check(argc > 2 ? std::atoi(argv[2]) : 100);
   if (command == "small") return small();
