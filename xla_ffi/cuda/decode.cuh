@@ -312,6 +312,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
   uint32_t copied_strip = first_strip - stride;  // The first copy_unit adds the stride.
   int copied_set = 0;
   int left = 0;  // units left in the strip
+  const uint64_t policy = cache_policy(true);
   const auto copy_unit = [&](uint32_t stage) {
     if (left == 0) {
       copied_strip += stride;
@@ -326,7 +327,7 @@ __device__ __forceinline__ void decode_block(const DecodeArguments& args) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const bool valid = i < kLoads / 2 || !half_tail || left > 1;
-        cp_async_16(stage + i * 512, codes + i * kTileBytes, valid);
+        cp_async_16(stage + i * 512, codes + i * kTileBytes, valid, policy);
       }
 #pragma unroll
       for (int set = 0; set < kSets; set += 4) {

@@ -128,6 +128,17 @@ __device__ __forceinline__ void lower_flag(uint64_t* flag) { *flag = 0; }
 
 // ---- Asynchronous copies ---------------------------------------------------------------------
 
+// How a copy leaves what it reads in the L2 cache: the first to make room if it is read but once.
+__device__ __forceinline__ uint64_t cache_policy(bool read_once) {
+  uint64_t policy;
+  if (read_once) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
+}
+
 // 16 bytes from global to shared memory, both aligned to 16; the copying thread sees them once
 // cp_async_wait has returned, others after a barrier that follows it. Not `valid`: 16 zeros are
 // written and `source` is not touched.
@@ -136,6 +147,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* so
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
                "r"(valid ? 16 : 0)
                : "memory");
+}
+
+__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool valid,
+                                            uint64_t policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(destination),
+      "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+      : "memory");
 }
 
 // Closes this thread's group of copies.

@@ -518,6 +518,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     // The warps stay together around the elected lane: operands then sit in uniform registers, as
     // the copy instructions want them.
     const bool elected = elect_one();
+    const uint64_t weight_policy = cache_policy(args.m_tiles == 1);
     const int box_row = column * kBlockM / 2;  // There are no more than two columns.
     const uint16_t peers = (1 << args.columns) - 1;
     int stage = 0, phase = 0;
@@ -552,13 +553,14 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
             }
           } else if (warp == 1) {
             copy_box(base + args.stage.codes, &code_map, full(stage), 0, step * (kBits / 4),
-                     tile.n * kTiles);
+                     tile.n * kTiles, weight_policy);
           } else {
             barrier_arrive_expect(full(stage), parameters ? args.stage.parameters : 0);
             if (parameters) {
-              copy_box(base + args.stage.scales, &scale_map, full(stage), 0, group,
-                       tile.n * kTiles);
-              copy_box(base + args.stage.zeros, &zero_map, full(stage), 0, group, tile.n * kTiles);
+              copy_box(base + args.stage.scales, &scale_map, full(stage), 0, group, tile.n * kTiles,
+                       weight_policy);
+              copy_box(base + args.stage.zeros, &zero_map, full(stage), 0, group, tile.n * kTiles,
+                       weight_policy);
             }
           }
         }

@@ -90,11 +90,11 @@ __device__ __forceinline__ void copy_box(uint32_t destination, const TensorMap* 
 }
 
 __device__ __forceinline__ void copy_box(uint32_t destination, const TensorMap* map,
-                                         uint32_t barrier, int x, int y, int z) {
+                                         uint32_t barrier, int x, int y, int z, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
       : "memory");
 }
 

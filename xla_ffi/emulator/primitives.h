@@ -147,6 +147,12 @@ inline void cp_async_16(uint32_t destination, const void* source, bool valid = t
   machine->copy_async(destination, source, valid ? 16 : 0, 16);
 }
 
+inline uint64_t cache_policy(bool) { return 0; }
+
+inline void cp_async_16(uint32_t destination, const void* source, bool valid, uint64_t /*policy*/) {
+  cp_async_16(destination, source, valid);
+}
+
 inline void cp_async_commit() { machine->copy_async_commit(); }
 
 template <int kPending>

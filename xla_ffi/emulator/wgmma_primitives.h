@@ -39,7 +39,7 @@ inline void copy_box(uint32_t destination, const TensorMap* map, uint32_t barrie
   machine->copy_box(destination, *map, barrier, {x, y, 0}, {machine->own_rank()});
 }
 inline void copy_box(uint32_t destination, const TensorMap* map, uint32_t barrier, int x, int y,
-                     int z) {
+                     int z, uint64_t /*policy*/) {
   machine->copy_box(destination, *map, barrier, {x, y, z}, {machine->own_rank()});
 }
 inline void copy_box_multicast(uint32_t destination, const TensorMap* map, uint32_t barrier, int x,
