@@ -1,4 +1,4 @@
-"""Five bugs planted into a copy of the kernels' source: the suite's own check catches each one."""
+"""Nine bugs planted into a copy of the kernels' source: the suite's own check catches each one."""
 
 import ctypes
 import functools
@@ -57,19 +57,61 @@ BUGS = {
         "    if (!PLANTED) cp_async_wait<kStages - 2>();",
         "while an asynchronous copy into it is in flight",
     ),
+    # Of shares of output tiles, where blocks wait for one another.
+    "sums handed over without a barrier": (
+        "wgmma.cuh",
+        "warp_sync();\n        if (lane == 0) barrier_arrive_expect(handed, 0);",
+        "if (!PLANTED) warp_sync();\n        if (lane == 0) barrier_arrive_expect(handed, 0);",
+        "written by another block of the same launch",
+    ),
+    "flag raised too early": (
+        "wgmma.cuh",
+        "    barrier_wait(handed, 0);",
+        "    if (!PLANTED) barrier_wait(handed, 0);",
+        "written by another block of the same launch|nobody has written",
+    ),
+    "flag left raised": (
+        "wgmma.cuh",
+        "if (mine) lower_flag(flag);",
+        "if (mine && !PLANTED) lower_flag(flag);",
+        "leaves a flag raised",
+    ),
+    "wait for a block that starts later": (
+        "wgmma.cuh",
+        "  return args.clusters - 1 - cluster_index();",
+        "  return PLANTED ? cluster_index() : args.clusters - 1 - cluster_index();",
+        "no block before it has raised",
+    ),
 }
 
-# The kernels that are not looked at here.
+# What chooses a bug and a device, one block of class B, and kernels that are not looked at here.
 OTHERS = """
+#include "../emulator/handler.h"
 #include "kernels.h"
+#include "wgmma.cuh"
 #include "wgmma_launch.h"
 int planted = 0;
 extern "C" void plant(int bug) { planted = bug; }
-namespace jax_gptq::cuda {
-cudaError_t launch_decode(const Problem&, const Plan&, void*, cudaStream_t) {
-  return cudaErrorNotSupported;
+extern "C" void device(int arch) {
+  jax_gptq::emulator::Settings settings{{arch, 132}};
+  if (arch == 90) settings.wgmma = {128, 64, 1, 5};
+  jax_gptq::emulator::set(settings);
 }
-cudaError_t launch_wgmma(const Problem&, const WgmmaPlan&, cudaStream_t) {
+namespace jax_gptq::cuda {
+void block(WgmmaArguments args, TensorMap x, TensorMap codes, TensorMap scales, TensorMap zeros,
+           TensorMap y) {
+  wgmma_block<Bf16, 4, WgmmaMode::kGeneral, 128, 64>(args, x, codes, scales, zeros, y);
+}
+cudaError_t launch_wgmma(const Problem& problem, const WgmmaPlan& plan, void* workspace,
+                         cudaStream_t stream) {
+  const WgmmaArguments args = wgmma_arguments(problem, plan, workspace);
+  const WgmmaMaps maps = wgmma_maps(problem, plan, args);
+  const Grid grid{dim3(plan.clusters), wgmma_threads(wgmma_consumers(128, 64)), 1,
+                  args.shared_bytes, args.shared};
+  return launch(block, "wgmma", grid, stream, args, maps.x, maps.codes, maps.scales, maps.zeros,
+                maps.y);
+}
+cudaError_t launch_decode(const Problem&, const Plan&, void*, cudaStream_t) {
   return cudaErrorNotSupported;
 }
 cudaError_t launch_dequantize(const Problem&, void*, cudaStream_t) {
@@ -128,12 +170,12 @@ def build(folder: Path) -> ctypes.CDLL:
 def planted(tmp_path_factory, monkeypatch):
     library = build(tmp_path_factory.getbasetemp() / "planted")
     monkeypatch.setitem(cuda._MODULES, "cuda-emulated", "planted")
-    yield library.plant
+    yield library
     library.plant(0)
 
 
 def check():
-    """`test_integers_are_exact` of the suite, on one case of the pipelined kernel."""
+    """`test_integers_are_exact` of the suite, on one case of a pipelined kernel."""
     rng = np.random.default_rng(0)
     weight, matrix = random_weight(rng, 320, 100, group_size=64, exact=True)
     x = rng.integers(-2, 3, (40, 320)).astype(jnp.bfloat16)
@@ -141,14 +183,16 @@ def check():
     np.testing.assert_array_equal(np.asarray(y), (x.astype(np.float64) @ matrix).astype(y.dtype))
 
 
-def test_the_copy_without_a_bug_passes(planted):
-    planted(0)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_copy_without_a_bug_passes(planted, arch):
+    planted.device(arch)
     check()
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_suite_catches(planted, bug):
-    planted(list(BUGS).index(bug) + 1)
+    planted.device(90 if BUGS[bug][0] == "wgmma.cuh" else 80)
+    planted.plant(list(BUGS).index(bug) + 1)
     with pytest.raises(
         (AssertionError, ValueError, jax.errors.JaxRuntimeError), match=BUGS[bug][3]
     ):

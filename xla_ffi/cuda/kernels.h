@@ -9,7 +9,8 @@
 
 namespace jax_gptq::cuda {
 
-// y = x W + bias by the kernel that `plan` names. `workspace`: kWorkspaceBytes, aligned to 16.
+// y = x W + bias by the kernel that `plan` names. `workspace`: kWorkspaceBytes, aligned to 16, with
+// anything in it; products that may run at the same time have one each.
 cudaError_t launch_matmul(const Problem& problem, const Plan& plan, void* workspace,
                           cudaStream_t stream);
 

@@ -10,6 +10,8 @@ namespace jax_gptq::cuda {
 namespace {
 
 constexpr int kMaxWorkspaceSplits = 16;
+// Of the workspace, for partial sums that a second kernel adds.
+constexpr int64_t kPartialSumBytes = 8 << 20;
 
 // Groups of `size` blocks (1, 2, 4 or 8), one block per multiprocessor, that are resident at once.
 // A cluster lies within a processing cluster, whose numbers of multiprocessors are uneven: an H200
@@ -31,7 +33,7 @@ double decode_estimate(const Problem& p, const Plan& plan) {
 }
 
 bool partial_sums_fit(const Problem& p, int splits) {
-  return int64_t{splits} * p.m * tiles_n(p.n) * kTileN * 4 <= kWorkspaceBytes;
+  return int64_t{splits} * p.m * tiles_n(p.n) * kTileN * 4 <= kPartialSumBytes;
 }
 
 // As few splits of K as let x fit into shared memory: on an H100 no more are ever faster. No plan

@@ -19,7 +19,7 @@ constexpr int kUnroundedRows = 8;
 constexpr int kMaxClusterSplits = 8;
 
 // Bytes of the workspace that every matmul call passes, for every shape and architecture: a plan
-// splits K only so far that the partial sums fit.
+// splits K only so far that the partial sums fit. Most is for 132 output tiles of 128 x 256 in f32.
 constexpr int64_t kWorkspaceBytes = 17 << 20;
 
 // y [m, n] = x [m, k] W [k, n] + bias [n].

@@ -20,10 +20,11 @@
 //   shares    |   0   |   1   |   2   |   3   |   4   |   5   |    stores it, after adding what
 //                                                                  those that go on with it found.
 //
-// These put their f32 sums into the workspace and raise a flag, warp by warp, and they come first:
-// a share begins with the end of a tile. The storing share adds them in order of K, so that equal
-// inputs give equal bits. Its cluster is launched after theirs, and the device starts blocks in
-// that order, so whoever waits waits for one that runs.
+// These put their f32 sums into the workspace, and they come first: a share begins with the end of
+// a tile. A warp that copies nothing raises their block's flag then, and waits for the flags that
+// its own block needs. The storing share adds sums in order of K, so that equal inputs give equal
+// bits. Its cluster is launched after theirs, and the device starts blocks in that order, so
+// whoever waits waits for one that runs.
 //
 // Shared memory:  | barriers, 1024 bytes | stage 0 | stage 1 | ... | staging |
 // In the staging are output tiles on their way, and before that sums on their way from warpgroup to
@@ -345,8 +346,8 @@ __device__ __forceinline__ int own_share(const WgmmaArguments& args) {
   return args.clusters - 1 - cluster_index();
 }
 
-// The works of a cluster, every `work_stride`-th from `first` on, and the steps of 64 along K where
-// the first begins and the last ends.
+// The works of a cluster, every `work_stride`-th from `first` on, and the steps of 64 along K,
+// `stage_steps` in a stage, where the first begins and the last ends.
 struct Walk {
   int first, end;
   int first_step, last_step;

@@ -61,6 +61,9 @@ double estimate(const Problem& problem, const WgmmaPlan& plan, double step) {
 // Of x, so that it stays in the L2 cache beside the weights that come through it.
 constexpr int64_t kCachedElements = 8 << 20;
 
+// The stages of all tiles times those of one, so that Divisor is exact.
+constexpr int64_t kDividend = UINT32_MAX;
+
 // Whether the sums of every share fit into the workspace.
 bool shares_fit(const WgmmaPlan& plan, int shares) {
   const int64_t share = int64_t{plan.block_n} * plan.block_m * 4;
@@ -86,7 +89,8 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
     // Whole tiles in turn. Or as many shares as are resident, of two stages or more, or some of
     // each tile: each with tiles of its own, so x must stay in the L2 cache.
     std::vector<int> candidates = {0};
-    if (int64_t{ceil_div(problem.m, 64)} * 64 * problem.k <= kCachedElements) {
+    if (int64_t{ceil_div(problem.m, 64)} * 64 * problem.k <= kCachedElements &&
+        int64_t{stages} * wgmma_stages(problem, plan) <= kDividend) {
       candidates.push_back(std::min(resident, std::max(1, stages / 2)));
       for (int parts = 2; parts <= 8 && parts * works <= resident; ++parts) {
         candidates.push_back(parts * works);

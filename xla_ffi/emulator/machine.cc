@@ -79,6 +79,9 @@ void Machine::launch(const char* kernel, const Launch& launch, const std::functi
   if (!launch.in_order) std::shuffle(order.begin(), order.end(), random_);
   flags_.clear();
   for (int cluster : order) run_cluster(cluster);
+  for (const auto& [flag, raised] : flags_) {
+    if (*flag == raised.value) fail("leaves a flag raised at " + memory_.describe(flag));
+  }
 }
 
 void Machine::run_cluster(int cluster) {
@@ -399,7 +402,7 @@ void Machine::raise_flag(uint64_t* flag, uint64_t value) {
   auto foreign = std::make_shared<std::map<uint32_t, Clocks>>();
   if (view.foreign) *foreign = *view.foreign;
   (*foreign)[cluster_index_] = view.visible;
-  flags_[flag] = {nothing_.visible, nothing_.over, foreign};
+  flags_[flag] = {value, {nothing_.visible, nothing_.over, foreign}};
 }
 
 // Clusters run one after another, so that a flag is raised by now or never.
@@ -407,7 +410,7 @@ bool Machine::flag_raised(const uint64_t* flag, uint64_t value) {
   uint64_t found = 0;
   const auto raised = flags_.find(flag);
   if (raised != flags_.end()) {
-    acquire(raised->second);
+    acquire(raised->second.view);
     std::memcpy(&found, global_read(flag, sizeof(found), sizeof(found)), sizeof(found));
   }
   if (found != value) {

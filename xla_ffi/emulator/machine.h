@@ -266,8 +266,11 @@ class Machine {
   std::mt19937_64 random_;
 
   std::vector<std::string> launched_kernels_;
-  // What is visible to whoever finds a flag of this launch raised.
-  std::map<const uint64_t*, View> flags_;
+  struct Raised {
+    uint64_t value;
+    View view;  // of whoever finds it raised
+  };
+  std::map<const uint64_t*, Raised> flags_;  // of this launch
   const char* kernel_ = "";
   Launch launch_{};
   const std::function<void()>* body_ = nullptr;
