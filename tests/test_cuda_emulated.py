@@ -170,11 +170,11 @@ KERNELS = {
     "mma": (80, 2, (40, 192, 130), ["mma"]),
     "mma, workspace": (80, 108, (40, 512, 130), ["mma", "reduce"]),
     "wgmma": (90, 2, (40, 192, 130), ["wgmma"]),
-    "wgmma, shares": (90, 132, (40, 768, 130), ["wgmma"]),
-    "wgmma, multicast": (90, 2, (300, 128, 300), ["wgmma"]),
+    "wgmma, shares": (90, 132, (40, 1024, 130), ["wgmma, shares"]),
+    "wgmma, multicast": (90, 2, (256, 128, 600), ["wgmma, multicast"]),
     "wgmma, steps shared": (90, 132, (20, 192, 128), ["wgmma"]),
-    "wgmma, steps shared, many tiles": (90, 2, (20, 1920, 640), ["wgmma"]),
-    "wgmma, steps and tiles shared": (90, 132, (20, 512, 130), ["wgmma"]),
+    "wgmma, steps and tiles shared": (90, 132, (20, 1024, 130), ["wgmma, shares"]),
+    "wgmma, tiles begun and ended": (90, 2, (20, 1920, 640), ["wgmma, shares"]),
 }
 
 
@@ -218,6 +218,10 @@ FORMATS = [
 ]
 
 
+def launched(columns, shares):
+    return "wgmma, shares" if shares else "wgmma, multicast" if columns > 1 else "wgmma"
+
+
 @pytest.mark.parametrize(
     ("columns", "shares"), [(1, 0), (2, 0), (1, 1), (1, 2), (1, 3), (1, 7), (1, 16), (2, 1), (2, 5)]
 )
@@ -237,7 +241,7 @@ def test_every_plan_of_wgmma(block_n, block_m, columns, shares):
         emulated.set(arch=90, processors=processors, seed=i, wgmma=plan)
         x, store, bias, y = setup(m, k, n, dtype=dtype, exact=True, bias=True, **options)
         found = np.asarray(matmul(x, store, bias))
-        assert emulated.launches() == ["wgmma"]
+        assert emulated.launches() == [launched(columns, shares)]
         np.testing.assert_array_equal(found, y.astype(found.dtype))
         sums = np.asarray(matmul(x, store, bias, out="float32"))
         np.testing.assert_array_equal(sums, y.astype(np.float32))
@@ -265,14 +269,29 @@ def test_scales_applied_to_sums_of_wgmma(
     for k in (96, 512, 648, 1304):
         x, store, bias, y = setup(block_m - 3, k, 300, bias=True, **options)
         found = np.asarray(matmul(x, store, bias, out="float32"))
-        assert emulated.launches() == ["wgmma"]
+        assert emulated.launches() == [launched(columns, shares)]
         assert rel_error(found, y) < 1e-6
         x, store, bias, y = setup(block_m + 5, k, 300, exact=True, bias=True, **options)
         np.testing.assert_array_equal(matmul(x, store, bias, out="float32"), y.astype(np.float32))
 
 
+def test_a_tile_of_more_shares_than_a_warp_has_lanes():
+    emulated.set(arch=90, processors=40, wgmma=[256, 16, 1, 40])
+    x, store, bias, y = setup(8, 40 * 128, 64, group_size=128, bias=True)
+    found = np.asarray(matmul(x, store, bias, out="float32"))
+    assert emulated.launches() == ["wgmma, shares"]
+    assert rel_error(found, y) < 1e-6
+
+
+def test_shares_without_room_for_their_sums_are_refused():
+    emulated.set(arch=90, processors=280, wgmma=[128, 256, 2, 140])
+    x, store, *_ = setup(256, 640, 140 * 128, exact=True)
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="CUDA error 9"):
+        matmul(x, store).block_until_ready()
+
+
 @pytest.mark.parametrize("scales", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize(("group_size", "launches"), [(128, ["wgmma"]), (64, ["decode"])])
+@pytest.mark.parametrize(("group_size", "launches"), [(128, ["wgmma, shares"]), (64, ["decode"])])
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_weights_of_few_rows_are_not_rounded(dtype, group_size, launches, scales):
     """Of 5 to 8 rows and a K that decode would split wgmma takes what it need not round."""

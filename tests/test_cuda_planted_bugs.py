@@ -107,7 +107,7 @@ cudaError_t launch_wgmma(const Problem& problem, const WgmmaPlan& plan, void* wo
   const WgmmaArguments args = wgmma_arguments(problem, plan, workspace);
   const WgmmaMaps maps = wgmma_maps(problem, plan, args);
   const Grid grid{dim3(plan.clusters), wgmma_threads(wgmma_consumers(128, 64)), 1,
-                  args.shared_bytes, args.shared};
+                  args.shared_bytes, args.in_shares};
   return launch(block, "wgmma", grid, stream, args, maps.x, maps.codes, maps.scales, maps.zeros,
                 maps.y);
 }

@@ -176,7 +176,8 @@ class CudaStore:
         is a Python int and large (see `cuda_crossover.dequantize_from_rows`), the weight is
         dequantized by a kernel and XLA multiplies. Row i of a batch has the same bits at M = 3 and
         4, at M = 5 to 8 and at M = 9 to 16; otherwise, where the cuts of K change with M, it is as
-        accurate.
+        accurate. On Hopper equal rows of more than 16 may differ in their last bits, since K may be
+        cut elsewhere for them.
         """
         del activations  # There is one mode.
         if self.perm is not None and not x_permuted:

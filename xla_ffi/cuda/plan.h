@@ -15,7 +15,7 @@ constexpr int kDecodeRows = 16;
 // blocks has no room for x: kMma is left then.
 constexpr int kUnroundedRows = 8;
 
-// The most parts of K that a cluster adds up: the portable size of a cluster.
+// The most parts of K that a cluster of kDecode adds up: the portable size of a cluster.
 constexpr int kMaxClusterSplits = 8;
 
 // Bytes of the workspace that every matmul call passes, for every shape and architecture: a plan
@@ -61,7 +61,7 @@ enum class Kernel : int {
   kWgmma,   // m > 4, sm_90a, weights rounded once or not at all
 };
 
-// How parts of K are added up. Always in rank order, so that equal inputs give equal bits.
+// How kDecode and kMma add parts of K up. Always in order, so that equal inputs give equal bits.
 enum class Reduction : int {
   kNone,       // K is not split
   kCluster,    // the splits of a tile are one cluster and read each other's shared memory
@@ -72,7 +72,7 @@ struct Plan {
   Device device = {};  // the one that the plan is for
   Kernel kernel = Kernel::kNone;
   Reduction reduction = Reduction::kNone;
-  int splits = 1;  // parts of K
+  int splits = 1;  // parts of K, of kDecode and kMma
   int grid = 0;    // blocks
   int shared_bytes = 0;
   // kMma: rows of x per block (16, 32, 64 or 128).
@@ -85,7 +85,8 @@ constexpr bool supported(const Device& device) { return device.arch >= 80; }
 // The plan for `problem` (its pointers are not looked at). kNone where m > 0 means that no kernel
 // can take the problem on this device. K is cut in the same way for m = 3 and 4, for all m from 5
 // to 8, 9 to 16, 17 to 32, 33 to 64 and 65 to 128, and beyond for all with the same ceil(m / 64);
-// there a row of y does not depend on the rows beside it.
+// there a row of y does not depend on the rows beside it. Beyond one tile of
+// rows (16 to 256) equal rows at different places may differ in their last bits.
 Plan make_plan(const Problem& problem, const Device& device);
 
 }  // namespace jax_gptq::cuda

@@ -33,7 +33,7 @@ struct Grid {
   int threads;
   int cluster = 1;  // consecutive blocks along x that form a cluster (sm_90 and newer)
   int shared_bytes = 0;
-  // Blocks wait for blocks of lower index, which the device starts first. For the emulator.
+  // Blocks wait for blocks of lower index, which devices start first. For the emulator.
   bool in_order = false;
 };
 

@@ -19,7 +19,7 @@ template <class T, int kBits, WgmmaMode kMode, int kBlockN, int kBlockM>
 cudaError_t launch_tiles(const Problem& problem, const WgmmaPlan& plan, void* workspace,
                          cudaStream_t stream) {
   const WgmmaArguments args = wgmma_arguments(problem, plan, workspace);
-  if (args.stages < 2) return cudaErrorInvalidConfiguration;
+  if (args.stages < 2 || !wgmma_fits(plan)) return cudaErrorInvalidConfiguration;
   const WgmmaMaps maps = wgmma_maps(problem, plan, args);
   TensorMap x_map, code_map, scale_map, zero_map, y_map{};
   if (!encode_tensor_map(&x_map, maps.x) || !encode_tensor_map(&code_map, maps.codes) ||
@@ -27,11 +27,14 @@ cudaError_t launch_tiles(const Problem& problem, const WgmmaPlan& plan, void* wo
       (args.y_mapped && !encode_tensor_map(&y_map, maps.y))) {
     return cudaErrorInvalidValue;
   }
+  const char* name = args.in_shares     ? "wgmma, shares"
+                     : plan.columns > 1 ? "wgmma, multicast"
+                                        : "wgmma";
   const Grid grid{dim3(plan.clusters * plan.columns),
                   wgmma_threads(wgmma_consumers(kBlockN, kBlockM)), plan.columns, args.shared_bytes,
-                  args.shared};
-  return jax_gptq::cuda::launch(wgmma_kernel<T, kBits, kMode, kBlockN, kBlockM>, "wgmma", grid,
-                                stream, args, x_map, code_map, scale_map, zero_map, y_map);
+                  args.in_shares};
+  return jax_gptq::cuda::launch(wgmma_kernel<T, kBits, kMode, kBlockN, kBlockM>, name, grid, stream,
+                                args, x_map, code_map, scale_map, zero_map, y_map);
 }
 
 template <class T, int kBits, WgmmaMode kMode>

@@ -23,8 +23,8 @@
 // These put their f32 sums into the workspace, and they come first: a share begins with the end of
 // a tile. A warp that copies nothing raises their block's flag then, and waits for the flags that
 // its own block needs. The storing share adds sums in order of K, so that equal inputs give equal
-// bits. Its cluster is launched after theirs, and the device starts blocks in that order, so
-// whoever waits waits for one that runs.
+// bits. Whoever waits waits for clusters of lower index. That these start first is how devices
+// behave, not what CUDA promises; the look-back of CUB's scans relies on the same.
 //
 // Shared memory:  | barriers, 1024 bytes | stage 0 | stage 1 | ... | staging |
 // In the staging are output tiles on their way, and before that sums on their way from warpgroup to
@@ -102,7 +102,7 @@ struct WgmmaArguments {
   int clusters;       // launched
   int columns;        // 1 or 2
   Divisor tile_size;  // stages of a tile
-  bool shared;        // whether clusters have shares of `share_size` stages, the first
+  bool in_shares;     // whether clusters have shares of `share_size` stages, the first
   int share_size;     // `longer_shares` one more
   int longer_shares;
   uint64_t* flags;  // [clusters * columns]
@@ -146,7 +146,7 @@ inline WgmmaArguments wgmma_arguments(const Problem& problem, const WgmmaPlan& p
   args.clusters = plan.clusters;
   args.columns = plan.columns;
   args.tile_size = Divisor(stage_count);
-  args.shared = plan.shares > 0;
+  args.in_shares = plan.shares > 0;
   args.share_size = args.works * stage_count / plan.clusters;
   args.longer_shares = args.works * stage_count % plan.clusters;
   args.flags = static_cast<uint64_t*>(workspace);
@@ -354,12 +354,12 @@ struct Walk {
 };
 
 __device__ __forceinline__ int work_stride(const WgmmaArguments& args) {
-  return args.shared ? 1 : args.clusters;
+  return args.in_shares ? 1 : args.clusters;
 }
 
 __device__ __forceinline__ Walk walk(const WgmmaArguments& args, int stage_steps) {
   const int tile_size = args.tile_size.value;
-  if (!args.shared) return {cluster_index(), args.works, 0, tile_size * stage_steps};
+  if (!args.in_shares) return {cluster_index(), args.works, 0, tile_size * stage_steps};
   const int share = own_share(args);
   const int begin = share_begin(args, share), last = share_begin(args, share + 1) - 1;
   const int first_work = args.tile_size.divide(begin), last_work = args.tile_size.divide(last);
@@ -371,17 +371,17 @@ __device__ __forceinline__ Walk walk(const WgmmaArguments& args, int stage_steps
 
 // Where the sums of the `holder`-th warp of a block of a share are in the workspace, for this lane.
 template <int kTileSums, int kSums>
-__device__ __forceinline__ float* shared_sums(const WgmmaArguments& args, int slot, int holder) {
+__device__ __forceinline__ float* partial_sums(const WgmmaArguments& args, int slot, int holder) {
   return args.partial + static_cast<int64_t>(slot) * kTileSums + holder * (kSums * 32) +
          threadIdx.x % 32 * 4;
 }
 
-// Hands a warp's sums over to the share that stores the tile, all but the flag, which would wait
-// for them.
+// Hands a warp's sums over to the share that stores the tile. Another warp raises the flag, since a
+// release waits for the stores before it.
 template <int kTileSums, int kSums>
 __device__ __forceinline__ void hand_over(const float (&sums)[kSums], const WgmmaArguments& args,
                                           int slot, int holder) {
-  float* to = shared_sums<kTileSums, kSums>(args, slot, holder);
+  float* to = partial_sums<kTileSums, kSums>(args, slot, holder);
 #pragma unroll
   for (int i = 0; i < kSums; i += 4) {
     st_global(to + i * 32, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
@@ -402,7 +402,7 @@ __device__ __forceinline__ void add_shares(float (&sums)[kSums], const WgmmaArgu
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int slot = min(i + j, last) * args.columns + column;
-      const float* from = shared_sums<kTileSums, kSums>(args, slot, holder);
+      const float* from = partial_sums<kTileSums, kSums>(args, slot, holder);
 #pragma unroll
       for (int s = 0; s < kSums / 4; ++s) parts[j][s] = ld_global<float4>(from + s * 128);
     }
@@ -524,7 +524,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     const uint16_t peers = (1 << args.columns) - 1;
     int stage = 0, phase = 0;
     int first_step = walked.first_step;
-    if (warp == 3 && args.shared) {
+    if (warp == 3 && args.in_shares) {
       exchange_flags(args, walked, column, handed, received);
     }
     for (int work = walked.first; work < walked.end && warp < 3; work += work_stride(args)) {
@@ -680,41 +680,39 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       float sums[kSums];
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-      {
-        steps_left = 0;
-        fetch(begin);
-        steps_left = (args.group_pieces.divide(begin * 4) + 1) * args.group_steps - begin - kParts;
+      steps_left = 0;
+      fetch(begin);
+      steps_left = (args.group_pieces.divide(begin * 4) + 1) * args.group_steps - begin - kParts;
 #pragma unroll 1
-        for (int step = begin; step < last_step; step += kSteps) {
-          const uint64_t x = swizzled_descriptor(fetched + part * (kBlockM * 128));
-          const uint32_t multiplied_full = fetched_full;
-          const uint32_t scale[2] = {parameters.scale[0], parameters.scale[1]};  // of kOnSums
-          uint32_t fragments[kPieces][4];
+      for (int step = begin; step < last_step; step += kSteps) {
+        const uint64_t x = swizzled_descriptor(fetched + part * (kBlockM * 128));
+        const uint32_t multiplied_full = fetched_full;
+        const uint32_t scale[2] = {parameters.scale[0], parameters.scale[1]};  // of kOnSums
+        uint32_t fragments[kPieces][4];
 #pragma unroll
-          for (int piece = 0; piece < kPieces; ++piece) dequantize(fragments[piece], step, piece);
-          float products[kSums];  // of the stage, in kOnSums
-          float (&to)[kSums] = kOnSums ? products : sums;
-          wgmma_fence();
+        for (int piece = 0; piece < kPieces; ++piece) dequantize(fragments[piece], step, piece);
+        float products[kSums];  // of the stage, in kOnSums
+        float (&to)[kSums] = kOnSums ? products : sums;
+        wgmma_fence();
 #pragma unroll
-          for (int piece = 0; piece < kPieces; ++piece) {
-            const uint64_t rows = x + piece / 4 * (kBlockM * 128 / 16) + 2 * (piece % 4);
-            if (kOnSums && piece == 0) {
-              Product::start(to, fragments[piece], rows);
-            } else {
-              Product::add(to, fragments[piece], rows);
-            }
+        for (int piece = 0; piece < kPieces; ++piece) {
+          const uint64_t rows = x + piece / 4 * (kBlockM * 128 / 16) + 2 * (piece % 4);
+          if (kOnSums && piece == 0) {
+            Product::start(to, fragments[piece], rows);
+          } else {
+            Product::add(to, fragments[piece], rows);
           }
-          wgmma_commit();
-          next_stage();
-          if (step + kSteps < last_step) fetch(step + kSteps);
-          wgmma_wait<0>();
-          if constexpr (kOnSums) Product::settle(products);
-          release(multiplied_full);
-          if constexpr (kOnSums) {
+        }
+        wgmma_commit();
+        next_stage();
+        if (step + kSteps < last_step) fetch(step + kSteps);
+        wgmma_wait<0>();
+        if constexpr (kOnSums) Product::settle(products);
+        release(multiplied_full);
+        if constexpr (kOnSums) {
 #pragma unroll
-            for (int i = 0; i < kSums; ++i) {
-              sums[i] += products[i] * bits_float(scale[i / 2 % 2]);
-            }
+          for (int i = 0; i < kSums; ++i) {
+            sums[i] += products[i] * bits_float(scale[i / 2 % 2]);
           }
         }
       }

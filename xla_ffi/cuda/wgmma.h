@@ -10,8 +10,8 @@ struct WgmmaPlan {
   int block_n = 0;  // 256 with block_m 16, 32 or 64; 128 with block_m 32, 64, 128 or 256
   int block_m = 0;
   int columns = 1;      // blocks of a cluster that share rows of x by multicast: 1 or 2
-  int shares = 0;       // clusters that share all tiles' stages evenly; 0: whole tiles in turn
-  int clusters = 0;     // clusters launched
+  int shares = 0;       // wanted of all tiles' stages, of equal size; 0: whole tiles in turn
+  int clusters = 0;     // launched: those shares that there are, or what is resident
   double estimate = 0;  // microseconds, without a start that all plans have alike
 };
 
@@ -49,11 +49,19 @@ constexpr int wgmma_stages(const Problem& problem, const WgmmaPlan& plan) {
 // Clusters to launch for `plan`, never more than are resident at once.
 constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int processors) {
   const int works = wgmma_works(problem, plan);
-  const int most = plan.shares == 0 ? works : works * wgmma_stages(problem, plan);
+  const int64_t most = plan.shares == 0 ? works : int64_t{works} * wgmma_stages(problem, plan);
   const int wanted = plan.shares == 0 ? works : plan.shares;
   const int resident = wgmma_resident_clusters(plan.columns, processors);
   const int clusters = wanted < resident ? wanted : resident;
-  return clusters < most ? clusters : most;
+  return clusters < most ? clusters : static_cast<int>(most);
+}
+
+// Whether flags and the sums of every share have room in the workspace.
+constexpr bool wgmma_fits(const WgmmaPlan& plan) {
+  const int blocks = plan.clusters * plan.columns;
+  return plan.shares == 0 ||
+         (blocks <= kWgmmaFlags &&
+          8 * kWgmmaFlags + int64_t{blocks} * plan.block_n * plan.block_m * 4 <= kWorkspaceBytes);
 }
 
 // Whether the kernel can take the problem, up to kUnroundedRows rows without rounding weights.

@@ -48,14 +48,16 @@ double step_time(const Tile& tile, WgmmaMode mode) {
 // docs/h200_notes.md (2026-11-26, eighth). m counts in whole blocks only, so that K is cut in the
 // same way for all m with the same number of blocks.
 double estimate(const Problem& problem, const WgmmaPlan& plan, double step) {
+  // Sharing at all, for each part of a tile, where a share has parts of two, for handing sums over.
   constexpr double kShares = 0.2, kPart = 0.28, kSecondTile = 0.45, kPer4096Sums = 0.78;
   const int works = wgmma_works(problem, plan), stages = wgmma_stages(problem, plan);
   const double stage = wgmma_stage_steps(plan.block_m) * step;
   if (plan.shares == 0) return ceil_div(works, plan.clusters) * stages * stage;
   const int share = ceil_div(works * stages, plan.clusters);
+  const bool within_tiles =
+      works == 1 || (plan.clusters % works == 0 && stages % (plan.clusters / works) == 0);
   return share * stage + kShares + kPart * ceil_div(stages, share) +
-         (plan.clusters % works == 0 ? 0.0 : kSecondTile) +
-         kPer4096Sums * plan.block_n * plan.block_m / 4096;
+         (within_tiles ? 0.0 : kSecondTile) + kPer4096Sums * plan.block_n * plan.block_m / 4096;
 }
 
 // Of x, so that it stays in the L2 cache beside the weights that come through it.
@@ -63,12 +65,6 @@ constexpr int64_t kCachedElements = 8 << 20;
 
 // The stages of all tiles times those of one, so that Divisor is exact.
 constexpr int64_t kDividend = UINT32_MAX;
-
-// Whether the sums of every share fit into the workspace.
-bool shares_fit(const WgmmaPlan& plan, int shares) {
-  const int64_t share = int64_t{plan.block_n} * plan.block_m * 4;
-  return 8 * kWgmmaFlags + shares * plan.columns * share <= kWorkspaceBytes;
-}
 
 }  // namespace
 
@@ -85,21 +81,24 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
     WgmmaPlan plan{tile.block_n, tile.block_m};
     if (tile.block_m >= 128 && wgmma_works(problem, plan) > processors) plan.columns = 2;
     const int resident = wgmma_resident_clusters(plan.columns, processors);
-    const int works = wgmma_works(problem, plan), stages = works * wgmma_stages(problem, plan);
-    // Whole tiles in turn. Or as many shares as are resident, of two stages or more, or some of
-    // each tile: each with tiles of its own, so x must stay in the L2 cache.
+    const int works = wgmma_works(problem, plan);
+    const int64_t stages = int64_t{works} * wgmma_stages(problem, plan);
+    // Whole tiles in turn. Or as many shares as are resident, of two stages or more, or so many
+    // that they may end where tiles do. These walk along K at different places, so x must stay in
+    // the L2 cache.
     std::vector<int> candidates = {0};
     if (int64_t{ceil_div(problem.m, 64)} * 64 * problem.k <= kCachedElements &&
-        int64_t{stages} * wgmma_stages(problem, plan) <= kDividend) {
-      candidates.push_back(std::min(resident, std::max(1, stages / 2)));
+        stages * wgmma_stages(problem, plan) <= kDividend) {
+      candidates.push_back(
+          static_cast<int>(std::min<int64_t>(resident, std::max<int64_t>(1, stages / 2))));
       for (int parts = 2; parts <= 8 && parts * works <= resident; ++parts) {
         candidates.push_back(parts * works);
       }
     }
     for (int shares : candidates) {
-      if (!shares_fit(plan, shares)) continue;
       plan.shares = shares;
       plan.clusters = wgmma_clusters(problem, plan, processors);
+      if (!wgmma_fits(plan)) continue;
       plan.estimate = estimate(problem, plan, step);
       if (plan.estimate < best.estimate) best = plan;
     }

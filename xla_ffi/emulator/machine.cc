@@ -223,12 +223,20 @@ void join(Vector& all, const Vector& other) {
   for (size_t i = 0; i < all.size(); ++i) all[i] = std::max(all[i], other[i]);
 }
 
-// Knowledge of a cluster only grows by one flag that it raises.
 Foreign join(const Foreign& left, const Foreign& right) {
   if (!right || left == right) return left;
   if (!left) return right;
   auto both = std::make_shared<std::map<uint32_t, Clocks>>(*left);
-  both->insert(right->begin(), right->end());
+  for (const auto& [cluster, clocks] : *right) {
+    auto& known = (*both)[cluster];
+    if (!known || known == clocks) {
+      known = clocks;
+    } else {
+      auto joined = std::make_shared<Vector>(*known);
+      join(*joined, *clocks);
+      known = joined;
+    }
+  }
   return both;
 }
 
@@ -585,15 +593,13 @@ void Machine::mbarrier_init_fence() {
 }
 
 void Machine::copy_bulk(int rank, size_t offset, size_t mbarrier, size_t bytes,
-                        std::function<void(unsigned char*, const Observer&)> fill) {
+                        std::function<void(unsigned char*)> fill) {
   require_arch(90, "a bulk copy");
   Block& target = peer(rank);
   if (!mbarrier_at(target, mbarrier).fenced) fail("a copy to an mbarrier without an init fence");
   const std::string problem = target.shared.take_off(offset, bytes, running_->observer);
   if (!problem.empty()) fail("bulk copy: " + problem);
-  Released view;
-  view.add(running_->observer);
-  bulk_copies_.push_back({rank, offset, mbarrier, bytes, view.take(agents_), std::move(fill)});
+  bulk_copies_.push_back({rank, offset, mbarrier, bytes, std::move(fill)});
 }
 
 namespace {
@@ -647,7 +653,7 @@ void Machine::copy_box(uint32_t shared, const cuda::MapDescription& map, uint32_
   for (const BoxRow& row : rows) {
     if (row.data != nullptr) global_read(row.data, row.inside, 1);
   }
-  const auto fill = [=](unsigned char* to, const Observer&) {
+  const auto fill = [=](unsigned char* to) {
     std::fill_n(to, bytes, 0);
     for (const BoxRow& row : rows) {
       for (size_t i = 0; i < row.inside; ++i) {
@@ -666,7 +672,7 @@ void Machine::copy_multicast(uint32_t shared, const void* from, size_t bytes, ui
   if (bytes == 0 || bytes % 16 != 0) fail("a bulk copy of " + std::to_string(bytes) + " bytes");
   for (int rank : ranks) {
     copy_bulk(rank, offset, barrier, bytes,
-              [=](unsigned char* to, const Observer&) { std::copy_n(data, bytes, to); });
+              [=](unsigned char* to) { std::copy_n(data, bytes, to); });
   }
 }
 
@@ -683,10 +689,11 @@ bool Machine::land_a_copy() {
   bulk_copies_.erase(bulk_copies_.begin() + chosen);
   Block& target = *blocks_[copy.rank];
   Mbarrier& barrier = target.mbarriers.at(copy.mbarrier);
-  const Observer engine{barrier.agent, ++barrier.clock, copy.view};
+  ++barrier.clock;
   std::vector<unsigned char> data(copy.bytes);
-  copy.fill(data.data(), engine);
-  target.shared.land(copy.offset, data.data(), copy.bytes, copy.bytes, engine.stamp());
+  copy.fill(data.data());
+  target.shared.land(copy.offset, data.data(), copy.bytes, copy.bytes,
+                     make_stamp(barrier.agent, barrier.clock));
   barrier.released.add_clock(barrier.agent, barrier.clock);
   barrier.bytes -= copy.bytes;
   complete_if_due(barrier);

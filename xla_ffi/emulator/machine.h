@@ -237,8 +237,7 @@ class Machine {
   struct BulkCopy {
     int rank;
     size_t offset, mbarrier, bytes;
-    View view;  // of the thread that issued it
-    std::function<void(unsigned char*, const Observer&)> fill;
+    std::function<void(unsigned char*)> fill;
   };
 
   void run_cluster(int cluster);
@@ -257,7 +256,7 @@ class Machine {
   size_t shared_offset(uint32_t address, size_t bytes, size_t alignment, const char* what);
   Block& mapped_block(uint32_t mapped);
   void copy_bulk(int rank, size_t offset, size_t mbarrier, size_t bytes,
-                 std::function<void(unsigned char*, const Observer&)> fill);
+                 std::function<void(unsigned char*)> fill);
   Mbarrier& mbarrier_at(Block& block, size_t offset);
   void complete_if_due(Mbarrier& barrier);
 

@@ -79,11 +79,12 @@ std::string SharedMemory::read_async(size_t offset, size_t bytes, const Observer
                                      const Vector& fenced) {
   for (size_t i = offset / kGrain; i <= (offset + bytes - 1) / kGrain; ++i) {
     Grain& grain = grains_[i];
-    const bool seen = self.sees(grain.write);
+    const bool seen = grain.write != 0 && self.sees(grain.write);
     const bool is_fenced = stamp_clock(grain.write) <= fenced[stamp_agent(grain.write)];
     if (grain.in_flight || !seen || !is_fenced) {
       const std::string where = "asynchronous read of shared byte " + std::to_string(i * kGrain);
       if (grain.in_flight) return where + kInFlight;
+      if (grain.write == 0) return where + ", which nobody has written";
       if (seen) return where + " written" + by(grain.write) + " without fence_async_proxy";
       return where + " is not ordered after a write" + by(grain.write) + kNoBarrier;
     }

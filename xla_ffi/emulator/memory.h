@@ -93,8 +93,7 @@ class SharedMemory {
   std::string write(size_t offset, size_t bytes, const Observer& self);
 
   // As read, by the copy engine or the tensor cores: what a thread wrote they see only if the
-  // thread has fenced since (`fenced`: per agent, its clock at its latest fence). Padding that
-  // nobody has written may be copied along.
+  // thread has fenced since (`fenced`: per agent, its clock at its latest fence).
   std::string read_async(size_t offset, size_t bytes, const Observer& self, const Vector& fenced);
 
   // An asynchronous copy into these bytes was issued: poison until land().

@@ -406,7 +406,7 @@ std::vector<Variant> variants(const Problem& problem) {
   }
   for (int block_m : {16, 32, 64, 128, 256}) {
     if (problem.m <= block_m / 2 && block_m > 32) continue;
-    if (problem.m > block_m && block_m == 16) continue;
+    if (problem.m > 2 * block_m && block_m == 16) continue;
     if (problem.m > 4 * block_m && block_m < 128) continue;
     for (int block_n : {128, 256}) {
       if (block_n == 256 ? block_m > 64 : block_m == 16) continue;
@@ -414,9 +414,13 @@ std::vector<Variant> variants(const Problem& problem) {
         WgmmaPlan plan{block_n, block_m, columns};
         const int works = wgmma_works(problem, plan);
         const int resident = multiprocessors() / columns;
-        for (int parts = 0; parts <= 9; ++parts) {
-          plan.shares = parts == 9 ? resident : parts == 1 ? 0 : parts * works;
-          if (parts == 0 || plan.shares > resident) continue;
+        // Whole tiles, up to eight parts of each, and as many shares as are resident.
+        std::vector<int> shares = {0};
+        for (int parts = 2; parts <= 8; ++parts) shares.push_back(parts * works);
+        shares.push_back(resident);
+        for (const int wanted : shares) {
+          plan.shares = wanted;
+          if (wanted > resident) continue;
           plan.clusters = wgmma_clusters(problem, plan, multiprocessors());
           if (plan.shares > 0 && plan.clusters < plan.shares) continue;
           result.push_back(
