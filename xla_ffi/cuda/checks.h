@@ -106,7 +106,9 @@ inline ffi::Error fill_matmul(ffi::AnyBuffer x, ffi::Buffer<ffi::U32> codes, ffi
     return invalid("bias must be empty or [N], found " + text(bias.dimensions()));
   }
   if (static_cast<int64_t>(workspace.element_count()) < kWorkspaceBytes) {
-    return invalid("the workspace must have " + std::to_string(kWorkspaceBytes) + " bytes");
+    return invalid("a workspace of " + std::to_string(kWorkspaceBytes) +
+                   " bytes is expected, found " + std::to_string(workspace.element_count()) +
+                   "; what another version of jax_gptq exported must be exported anew");
   }
   problem->x = x.untyped_data();
   problem->y = y.untyped_data();
