@@ -1,5 +1,5 @@
-// Kernel B without wgmma: y [m, n] = x [m, k] W [k, n] for what the others leave, each
-// weight rounded once to the type of x. A pipeline of the class of Marlin (Frantar et al., 2024).
+// Kernel B without wgmma: y [m, n] = x [m, k] W [k, n] for what the others leave, each weight
+// rounded once to the type of x. A pipeline of the class of Marlin (Frantar et al., 2024).
 //
 // A block computes 128 output features times kBlockM rows of x, or a part of K of them. Its 8 warps
 // are 4 along n, of 32 output features each, times 2 along k, which take the two halves of every

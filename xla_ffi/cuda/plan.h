@@ -85,8 +85,8 @@ constexpr bool supported(const Device& device) { return device.arch >= 80; }
 // The plan for `problem` (its pointers are not looked at). kNone where m > 0 means that no kernel
 // can take the problem on this device. K is cut in the same way for m = 3 and 4, for all m from 5
 // to 8, 9 to 16, 17 to 32, 33 to 64 and 65 to 128, and beyond for all with the same ceil(m / 64);
-// there a row of y does not depend on the rows beside it. Beyond one tile of
-// rows (16 to 256) equal rows at different places may differ in their last bits.
+// there a row of y does not depend on the rows beside it. Beyond one tile of rows (16 to 256) equal
+// rows at different places may differ in their last bits.
 Plan make_plan(const Problem& problem, const Device& device);
 
 }  // namespace jax_gptq::cuda

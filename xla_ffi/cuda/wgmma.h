@@ -1,6 +1,8 @@
 // Class B on sm_90a: what it can take, and how a product is cut into blocks.
 #pragma once
 
+#include <algorithm>
+
 #include "plan.h"
 
 namespace jax_gptq::cuda {
@@ -46,14 +48,13 @@ constexpr int wgmma_stages(const Problem& problem, const WgmmaPlan& plan) {
   return ceil_div(problem.k, wgmma_stage_steps(plan.block_m) * kStepK);
 }
 
-// Clusters to launch for `plan`, never more than are resident at once.
+// Clusters to launch for `plan`, never more than are resident at once; no share is empty.
 constexpr int wgmma_clusters(const Problem& problem, const WgmmaPlan& plan, int processors) {
   const int works = wgmma_works(problem, plan);
-  const int64_t most = plan.shares == 0 ? works : int64_t{works} * wgmma_stages(problem, plan);
-  const int wanted = plan.shares == 0 ? works : plan.shares;
   const int resident = wgmma_resident_clusters(plan.columns, processors);
-  const int clusters = wanted < resident ? wanted : resident;
-  return clusters < most ? clusters : static_cast<int>(most);
+  if (plan.shares == 0) return std::min(works, resident);
+  const int64_t stages = int64_t{works} * wgmma_stages(problem, plan);
+  return static_cast<int>(std::min<int64_t>(std::min(plan.shares, resident), stages));
 }
 
 // Whether flags and the sums of every share have room in the workspace.

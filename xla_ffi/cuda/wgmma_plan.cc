@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "wgmma.h"
 
@@ -83,24 +82,22 @@ WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
     const int resident = wgmma_resident_clusters(plan.columns, processors);
     const int works = wgmma_works(problem, plan);
     const int64_t stages = int64_t{works} * wgmma_stages(problem, plan);
-    // Whole tiles in turn. Or as many shares as are resident, of two stages or more, or so many
-    // that they may end where tiles do. These walk along K at different places, so x must stay in
-    // the L2 cache.
-    std::vector<int> candidates = {0};
-    if (int64_t{ceil_div(problem.m, 64)} * 64 * problem.k <= kCachedElements &&
-        stages * wgmma_stages(problem, plan) <= kDividend) {
-      candidates.push_back(
-          static_cast<int>(std::min<int64_t>(resident, std::max<int64_t>(1, stages / 2))));
-      for (int parts = 2; parts <= 8 && parts * works <= resident; ++parts) {
-        candidates.push_back(parts * works);
-      }
-    }
-    for (int shares : candidates) {
+    const auto consider = [&](int shares) {
       plan.shares = shares;
       plan.clusters = wgmma_clusters(problem, plan, processors);
-      if (!wgmma_fits(plan)) continue;
+      if (!wgmma_fits(plan)) return;
       plan.estimate = estimate(problem, plan, step);
       if (plan.estimate < best.estimate) best = plan;
+    };
+    consider(0);  // whole tiles in turn
+    // Or as many shares as are resident, of two stages or more, or so many that they may end where
+    // tiles do. These walk along K at different places, so x must stay in the L2 cache.
+    if (int64_t{ceil_div(problem.m, 64)} * 64 * problem.k <= kCachedElements &&
+        stages * wgmma_stages(problem, plan) <= kDividend) {
+      consider(static_cast<int>(std::min<int64_t>(resident, std::max<int64_t>(1, stages / 2))));
+      for (int parts = 2; parts <= 8 && parts * works <= resident; ++parts) {
+        consider(parts * works);
+      }
     }
   }
   return best;

@@ -79,8 +79,8 @@ void Machine::launch(const char* kernel, const Launch& launch, const std::functi
   if (!launch.in_order) std::shuffle(order.begin(), order.end(), random_);
   flags_.clear();
   for (int cluster : order) run_cluster(cluster);
-  for (const auto& [flag, raised] : flags_) {
-    if (*flag == raised.value) fail("leaves a flag raised at " + memory_.describe(flag));
+  for (const auto& [flag, view] : flags_) {
+    if (*flag == kRaised) fail("leaves a flag raised at " + memory_.describe(flag));
   }
 }
 
@@ -402,29 +402,27 @@ void* Machine::global_write(void* pointer, size_t bytes, size_t alignment) {
   return pointer;
 }
 
-void Machine::raise_flag(uint64_t* flag, uint64_t value) {
-  std::memcpy(global_write(flag, sizeof(value), sizeof(value)), &value, sizeof(value));
+void Machine::raise_flag(uint64_t* flag) {
+  *static_cast<uint64_t*>(global_write(flag, sizeof(*flag), sizeof(*flag))) = kRaised;
   Released released;
   release_into(released);
   const View view = released.take(agents_);
   auto foreign = std::make_shared<std::map<uint32_t, Clocks>>();
   if (view.foreign) *foreign = *view.foreign;
   (*foreign)[cluster_index_] = view.visible;
-  flags_[flag] = {value, {nothing_.visible, nothing_.over, foreign}};
+  flags_[flag] = {nothing_.visible, nothing_.over, foreign};
 }
 
 // Clusters run one after another, so that a flag is raised by now or never.
-bool Machine::flag_raised(const uint64_t* flag, uint64_t value) {
-  uint64_t found = 0;
+bool Machine::flag_raised(const uint64_t* flag) {
   const auto raised = flags_.find(flag);
   if (raised != flags_.end()) {
-    acquire(raised->second.view);
-    std::memcpy(&found, global_read(flag, sizeof(found), sizeof(found)), sizeof(found));
+    acquire(raised->second);
+    if (*static_cast<const uint64_t*>(global_read(flag, sizeof(*flag), sizeof(*flag))) == kRaised) {
+      return true;
+    }
   }
-  if (found != value) {
-    fail("waits for a flag at " + memory_.describe(flag) + " that no block before it has raised");
-  }
-  return true;
+  fail("waits for a flag at " + memory_.describe(flag) + " that no block before it has raised");
 }
 
 // ---- Barriers --------------------------------------------------------------------------------

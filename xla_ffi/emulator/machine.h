@@ -50,6 +50,9 @@ struct Architecture {
 // Shared memory that one block of an architecture may have.
 int max_shared_bytes(int arch);
 
+// What a raised flag in global memory holds.
+constexpr uint64_t kRaised = 1;
+
 // The most mbarriers that a block may initialise.
 constexpr int kMaxMbarriers = 32;
 
@@ -182,8 +185,8 @@ class Machine {
   void* global_write(void* pointer, size_t bytes, size_t alignment);
 
   // Flags in global memory between clusters of a launch.
-  void raise_flag(uint64_t* flag, uint64_t value);
-  bool flag_raised(const uint64_t* flag, uint64_t value);
+  void raise_flag(uint64_t* flag);
+  bool flag_raised(const uint64_t* flag);
 
   void barrier(int id, int threads);
   void warp_barrier();
@@ -265,11 +268,7 @@ class Machine {
   std::mt19937_64 random_;
 
   std::vector<std::string> launched_kernels_;
-  struct Raised {
-    uint64_t value;
-    View view;  // of whoever finds it raised
-  };
-  std::map<const uint64_t*, Raised> flags_;  // of this launch
+  std::map<const uint64_t*, View> flags_;  // raised in this launch: what they let others see
   const char* kernel_ = "";
   Launch launch_{};
   const std::function<void()>* body_ = nullptr;

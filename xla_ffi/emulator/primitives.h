@@ -136,10 +136,9 @@ void st_global(void* p, T value) {
   std::memcpy(machine->global_write(p, sizeof(T), sizeof(T)), &value, sizeof(T));
 }
 
-constexpr uint64_t kRaised = 0x9e6c63d0676a9a99u;
-inline void raise_flag(uint64_t* flag) { machine->raise_flag(flag, kRaised); }
+inline void raise_flag(uint64_t* flag) { machine->raise_flag(flag); }
 inline void lower_flag(uint64_t* flag) { st_global(flag, uint64_t{0}); }
-inline bool flag_raised(const uint64_t* flag) { return machine->flag_raised(flag, kRaised); }
+inline bool flag_raised(const uint64_t* flag) { return machine->flag_raised(flag); }
 
 // ---- Asynchronous copies ---------------------------------------------------------------------
 

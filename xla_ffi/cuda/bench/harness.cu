@@ -413,7 +413,7 @@ std::vector<Variant> variants(const Problem& problem) {
       for (int columns : {1, 2}) {
         WgmmaPlan plan{block_n, block_m, columns};
         const int works = wgmma_works(problem, plan);
-        const int resident = multiprocessors() / columns;
+        const int resident = wgmma_resident_clusters(columns, multiprocessors());
         // Whole tiles, up to eight parts of each, and as many shares as are resident.
         std::vector<int> shares = {0};
         for (int parts = 2; parts <= 8; ++parts) shares.push_back(parts * works);
