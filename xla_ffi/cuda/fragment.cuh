@@ -31,7 +31,7 @@ __device__ __forceinline__ uint32_t prepare_zero(uint32_t zero) {
   if constexpr (kThroughFloat<T, kBits>) {
     return zero | 0x4b000000u;
   } else {
-    return zero | zero << 16 | kNumber<T>;
+    return zero * 0x00010001u + kNumber<T>;
   }
 }
 

@@ -228,15 +228,18 @@ inline WgmmaMaps wgmma_maps(const Problem& problem, const WgmmaPlan& plan,
 constexpr uint32_t kMagicF32 = 0x4b000000u;  // 2^23: the unit in the last place is 1
 
 // Scale and zero point of this lane's two rows of one 64-row tile, rows r and r + 8.
-//   kOnSums: the scale in f32, the zero point as exact_pair subtracts it;
-//   kExact and kSplit: both as duplicated pairs, the zero point with the number of fragment.cuh
-//   added; otherwise the scale in f32, and the zero point as such a pair of bf16 (4 bits) or in
-//   f32, plus 2^23 (8 bits).
+// The scale as a duplicated pair in kExact and kSplit, else in f32; the zero point as prepare_zero
+// makes it for the type that q - z is taken in.
 struct WgmmaParameters {
   uint32_t scale[2];
   uint32_t rest[2];  // kSplit: of the scale, rounded to bf16
   uint32_t zero[2];
 };
+
+// The 16-bit type that holds q - z.
+template <class T, WgmmaMode kMode>
+using ExactType =
+    std::conditional_t<kMode == WgmmaMode::kExact || kMode == WgmmaMode::kOnSums, T, Bf16>;
 
 // `scales` and `zeros` are where those of row r are.
 template <class T, int kBits, WgmmaMode kMode>
@@ -245,23 +248,16 @@ __device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint
   WgmmaParameters p;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t zero = ld_shared<uint8_t>(zeros + 8 * i);
-    const uint32_t pair = zero * 0x00010001u;
-    if constexpr (kMode == WgmmaMode::kOnSums) {
-      p.scale[i] = float_bits(load_scale(scales, 8 * i, scale_type));
-      p.zero[i] = prepare_zero<T, kBits>(zero);
-    } else if constexpr (kMode == WgmmaMode::kExact) {
+    p.zero[i] = prepare_zero<ExactType<T, kMode>, kBits>(ld_shared<uint8_t>(zeros + 8 * i));
+    if constexpr (kMode == WgmmaMode::kExact) {
       p.scale[i] = ld_shared<uint16_t>(scales + 16 * i) * 0x00010001u;
-      p.zero[i] = pair + kNumber<T>;
     } else if constexpr (kMode == WgmmaMode::kSplit) {
       const float scale = to_float<F16>(ld_shared<uint16_t>(scales + 16 * i));
       const uint16_t rounded = from_float<Bf16>(scale);
       p.scale[i] = rounded * 0x00010001u;
       p.rest[i] = from_float<Bf16>(scale - to_float<Bf16>(rounded)) * 0x00010001u;
-      p.zero[i] = pair + kNumber<Bf16>;
     } else {
       p.scale[i] = float_bits(load_scale(scales, 8 * i, scale_type));
-      p.zero[i] = kBits == 4 ? pair + kNumber<Bf16> : zero | kMagicF32;
     }
   }
   return p;
@@ -271,11 +267,9 @@ __device__ __forceinline__ WgmmaParameters load_parameters(uint32_t scales, uint
 template <class T, WgmmaMode kMode>
 __device__ __forceinline__ void dequantize4(uint32_t (&a)[4], uint32_t word,
                                             const WgmmaParameters& p) {
-  constexpr bool kAsX = kMode == WgmmaMode::kExact || kMode == WgmmaMode::kOnSums;
-  using Exact = std::conditional_t<kAsX, T, Bf16>;  // the type that holds q - z
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t exact = exact_pair<Exact, 4>(i, &word, p.zero);
+    const uint32_t exact = exact_pair<ExactType<T, kMode>, 4>(i, &word, p.zero);
     if constexpr (kMode == WgmmaMode::kOnSums) {
       a[i] = exact;
     } else if constexpr (kMode == WgmmaMode::kExact) {
@@ -346,30 +340,47 @@ __device__ __forceinline__ int own_share(const WgmmaArguments& args) {
   return args.clusters - 1 - cluster_index();
 }
 
-// The works of a cluster, every `work_stride`-th from `first` on, and the steps of 64 along K,
+// The works of a cluster, every `stride`-th from `first` on, and the steps of 64 along K,
 // `stage_steps` in a stage, where the first begins and the last ends.
 struct Walk {
-  int first, end;
+  int first, end, stride;
   int first_step, last_step;
 };
 
-__device__ __forceinline__ int work_stride(const WgmmaArguments& args) {
-  return args.in_shares ? 1 : args.clusters;
-}
-
 __device__ __forceinline__ Walk walk(const WgmmaArguments& args, int stage_steps) {
   const int tile_size = args.tile_size.value;
-  if (!args.in_shares) return {cluster_index(), args.works, 0, tile_size * stage_steps};
+  if (!args.in_shares) {
+    return {cluster_index(), args.works, args.clusters, 0, tile_size * stage_steps};
+  }
   const int share = own_share(args);
   const int begin = share_begin(args, share), last = share_begin(args, share + 1) - 1;
   const int first_work = args.tile_size.divide(begin), last_work = args.tile_size.divide(last);
   // The same for all lanes, which the compiler must know.
-  return {shuffle(first_work, 0), shuffle(last_work + 1, 0),
+  return {shuffle(first_work, 0), shuffle(last_work + 1, 0), 1,
           shuffle((begin - first_work * tile_size) * stage_steps, 0),
           shuffle((last + 1 - last_work * tile_size) * stage_steps, 0)};
 }
 
-// Where the sums of the `holder`-th warp of a block of a share are in the workspace, for this lane.
+// Calls visit(work, tile, begin, end) for each of a cluster's tiles: the steps of its K from
+// `begin` to `end` are this cluster's.
+template <class Visit>
+__device__ __forceinline__ void walk_tiles(const WgmmaArguments& args, const Walk& walked,
+                                           int stage_steps, int column, const Visit& visit) {
+  int begin = walked.first_step;
+  for (int work = walked.first; work < walked.end; work += walked.stride) {
+    const bool last = work + walked.stride >= walked.end;
+    const int end = last ? walked.last_step : static_cast<int>(args.tile_size.value) * stage_steps;
+    visit(work, output_tile(args, work, column), begin, end);
+    begin = 0;
+  }
+}
+
+// A block of a share, by which its flag and sums are found in the workspace.
+__device__ __forceinline__ int share_slot(const WgmmaArguments& args, int share, int column) {
+  return share * args.columns + column;
+}
+
+// Where the sums of the `holder`-th warp of a block are, for this lane.
 template <int kTileSums, int kSums>
 __device__ __forceinline__ float* partial_sums(const WgmmaArguments& args, int slot, int holder) {
   return args.partial + static_cast<int64_t>(slot) * kTileSums + holder * (kSums * 32) +
@@ -401,7 +412,7 @@ __device__ __forceinline__ void add_shares(float (&sums)[kSums], const WgmmaArgu
     float4 parts[kAtOnce][kSums / 4];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int slot = min(i + j, last) * args.columns + column;
+      const int slot = share_slot(args, min(i + j, last), column);
       const float* from = partial_sums<kTileSums, kSums>(args, slot, holder);
 #pragma unroll
       for (int s = 0; s < kSums / 4; ++s) parts[j][s] = ld_global<float4>(from + s * 128);
@@ -428,13 +439,13 @@ __device__ __forceinline__ void exchange_flags(const WgmmaArguments& args, const
   const int share = own_share(args);
   if (walked.first_step > 0) {
     barrier_wait(handed, 0);
-    if (lane == 0) raise_flag(args.flags + share * args.columns + column);
+    if (lane == 0) raise_flag(args.flags + share_slot(args, share, column));
     if (walked.first == walked.end - 1) return;
   }
   const int end = walked.end * static_cast<int>(args.tile_size.value);
   for (int first = share + 1; share_begin(args, first) < end; first += 32) {
     const bool mine = share_begin(args, first + lane) < end;
-    uint64_t* flag = args.flags + (first + lane) * args.columns + column;
+    uint64_t* flag = args.flags + share_slot(args, first + lane, column);
     while (!warp_all(!mine || flag_raised(flag))) {
     }
     if (mine) lower_flag(flag);
@@ -501,7 +512,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     const int first_step = walked.first_step;
     const int steps = min(args.k_steps - first_step, kFirst);
     const int first_group = args.group_pieces.divide(first_step * 4);
-    if (lane < kTiles && tile < tiles_n(args.n) && steps > 0) {
+    if (lane < kTiles && tile < tiles_n(args.n)) {
       const int64_t code = lane_offset(kBits, args.k_steps, tile, first_step, 0, 0, 0);
       const int64_t parameter = parameter_index(args.groups, first_group, tile * kTileN);
       const int element = dtype_bytes(args.scale_type);
@@ -523,16 +534,10 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
     const int box_row = column * kBlockM / 2;  // There are no more than two columns.
     const uint16_t peers = (1 << args.columns) - 1;
     int stage = 0, phase = 0;
-    int first_step = walked.first_step;
-    if (warp == 3 && args.in_shares) {
-      exchange_flags(args, walked, column, handed, received);
-    }
-    for (int work = walked.first; work < walked.end && warp < 3; work += work_stride(args)) {
-      const OutputTile tile = output_tile(args, work, column);
-      const int last_step = work + work_stride(args) < walked.end ? tile_steps : walked.last_step;
+    const auto copy_tile = [&](int, const OutputTile& tile, int begin, int end) {
       int group = -1;
 #pragma unroll 1
-      for (int step = first_step; step < last_step; step += kSteps) {
+      for (int step = begin; step < end; step += kSteps) {
         const uint32_t base = stages + stage * args.stage.size;
         const int previous = group;
         group = group_of(args, step * 4);
@@ -570,7 +575,11 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           phase ^= 1;
         }
       }
-      first_step = 0;
+    };
+    if (warp < 3) {
+      walk_tiles(args, walked, kSteps, column, copy_tile);
+    } else if (args.in_shares) {
+      exchange_flags(args, walked, column, handed, received);
     }
   } else {
     registers_raise<wgmma_consumer_registers(kConsumers)>();
@@ -671,12 +680,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       if (lane < args.columns) barrier_arrive_cluster(stage_full + to_empty);
     };
 
-    int first_step = walked.first_step;
-    for (int work = walked.first; work < walked.end; work += work_stride(args)) {
-      const OutputTile tile = output_tile(args, work, column);
-      const int last_step = work + work_stride(args) < walked.end ? tile_steps : walked.last_step;
-      const int begin = first_step;
-      first_step = 0;
+    const auto multiply_tile = [&](int work, const OutputTile& tile, int begin, int end) {
       float sums[kSums];
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
@@ -684,7 +688,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       fetch(begin);
       steps_left = (args.group_pieces.divide(begin * 4) + 1) * args.group_steps - begin - kParts;
 #pragma unroll 1
-      for (int step = begin; step < last_step; step += kSteps) {
+      for (int step = begin; step < end; step += kSteps) {
         const uint64_t x = swizzled_descriptor(fetched + part * (kBlockM * 128));
         const uint32_t multiplied_full = fetched_full;
         const uint32_t scale[2] = {parameters.scale[0], parameters.scale[1]};  // of kOnSums
@@ -705,7 +709,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
         }
         wgmma_commit();
         next_stage();
-        if (step + kSteps < last_step) fetch(step + kSteps);
+        if (step + kSteps < end) fetch(step + kSteps);
         wgmma_wait<0>();
         if constexpr (kOnSums) Product::settle(products);
         release(multiplied_full);
@@ -729,7 +733,7 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           }
         }
         named_barrier(1, 128 * kConsumers);
-        if (part == 1) continue;
+        if (part == 1) return;
 #pragma unroll
         for (int i = 0; i < kSums; i += 4) {
           const float4 other = ld_shared<float4>(exchange + i * 128);
@@ -741,12 +745,12 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
       }
       const int holder = feature_tile * 4 + warp;  // of sums, of a block's warps
       if (begin > 0) {
-        hand_over<kBlockN * kBlockM>(sums, args, own_share(args) * args.columns + column, holder);
+        hand_over<kBlockN * kBlockM>(sums, args, share_slot(args, own_share(args), column), holder);
         warp_sync();
         if (lane == 0) barrier_arrive_expect(handed, 0);
-        continue;
+        return;
       }
-      if (last_step < tile_steps) {
+      if (end < tile_steps) {
         barrier_wait(received, 0);
         add_shares<kBlockN * kBlockM>(sums, args, own_share(args), work, column, holder);
       }
@@ -790,7 +794,8 @@ __device__ __forceinline__ void wgmma_block(const WgmmaArguments& args, const Te
           }
         }
       }
-    }
+    };
+    walk_tiles(args, walked, kSteps, column, multiply_tile);
     if (thread % 128 == 0) store_wait_read();
   }
   if (args.columns > 1) {
