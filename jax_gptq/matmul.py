@@ -107,18 +107,21 @@ def _differentiable(
 
     def fwd(*primals):
         x, store, bias = jax.tree.map(lambda p: p.value, primals)
-        # x is kept only for the gradient of the scales, which frozen weights never ask for.
-        kept_x = x if any(p.perturbed for p in jax.tree.leaves(primals[1])) else None
+        # x is kept only for the gradient of the scales, which frozen weights never ask for; nothing
+        # else is an empty array, since JAX holds one structure of residuals for both cases.
+        trained = any(p.perturbed for p in jax.tree.leaves(primals[1]))
+        kept_x = x if trained else jnp.zeros(0, x.dtype)
         # The differentiable op again, so that a second derivative meets this rule, not the kernel.
         return matmul(x, store, bias), (kept_x, store, bias)
 
     def bwd(residuals, dy):
         x, store, bias = residuals
+        trained = x.ndim == 2
         if isinstance(dy, jax.custom_derivatives.SymbolicZero):
             dy = jnp.zeros(dy.shape, dy.dtype)
         # Linear in x: where x was not kept, any x gives the same dx.
         like_x = (dy.shape[0], store.in_features)
-        at = jnp.zeros(like_x, jnp.float32) if x is None else x.astype(jnp.float32)
+        at = x.astype(jnp.float32) if trained else jnp.zeros(like_x, jnp.float32)
         at, dy, store = _match_varying((at, dy.astype(jnp.float32), store))
         leaves, tree = jax.tree.flatten(store)
         floats = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
@@ -129,9 +132,8 @@ def _differentiable(
 
         _, pullback = jax.vjp(reference, at, [v for v, f in zip(leaves, floats) if f])
         dx, dfloats = pullback(dy)
-        if x is None:
-            dstore = None
-        else:
+        dstore = None
+        if trained:
             dstore = jax.tree.unflatten(tree, _merge(floats, dfloats, [None] * len(leaves)))
         dbias = None if bias is None else dy.sum(0).astype(bias.dtype)
         return dx.astype(x_dtype), dstore, dbias

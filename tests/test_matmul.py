@@ -186,6 +186,25 @@ def test_frozen_scales_cost_no_matrix(layout):
     assert not any("f32[128,64]{1,0} dot" in line for line in dots), dots
 
 
+@pytest.mark.parametrize("layout", NOT_DENSE)
+def test_gradients_of_x_and_of_the_weight_in_turn(layout):
+    """What the backward pass keeps differs between the two; JAX traces the product once for both."""
+    store, w, x = setup(layout)
+
+    def of_x():
+        return jax.jit(jax.grad(lambda x: jax_gptq.gptq_matmul(x, store).sum()))(x)
+
+    def of_store():
+        loss = jax.grad(lambda s: jax_gptq.gptq_matmul(x, s).sum(), allow_int=True)
+        return jax.jit(loss)(store)
+
+    first, scales = of_x(), of_store().scales
+    assert rel_error(of_x(), np.broadcast_to(w.sum(1), x.shape)) < 3e-6
+    np.testing.assert_array_equal(of_x(), first)
+    np.testing.assert_array_equal(of_store().scales, scales)
+    assert np.asarray(scales, np.float32).any()
+
+
 def test_jvp_says_that_it_does_not(layout):
     store, _, x = setup(layout)
     with pytest.raises(TypeError, match=r"forward-mode.*custom_vjp"):
