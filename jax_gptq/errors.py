@@ -65,6 +65,10 @@ class BackendError(JaxGptqError, ValueError):
     """An unknown backend, or one that cannot run this store or these activations."""
 
 
+class ShardingError(JaxGptqError, ValueError):
+    """A mesh, or an axis of one, over which a weight cannot be cut."""
+
+
 class TracingError(JaxGptqError, TypeError):
     """Something that must happen once, outside `jax.jit`, was called while tracing."""
 

@@ -16,6 +16,7 @@ from jax_gptq.reference import reference_matmul
 from jax_gptq.stores import PACKED_LAYOUTS, Store, logical_weight
 from jax_gptq.stores.dense import DenseStore
 from jax_gptq.stores.protocol import PackedStore
+from jax_gptq.stores.sharded import ShardedStore
 from jax_gptq.weight import GptqWeight
 
 X_DTYPES = ("float32", "bfloat16", "float16")
@@ -49,7 +50,7 @@ def gptq_matmul(
 
     Args:
       x: float32, bfloat16 or float16 [..., K]; any leading dimensions, zero rows too.
-      store: what `prepare` returned, or a `GptqWeight`.
+      store: what `prepare` returned, a `GptqWeight`, or one of `jax_gptq.sharding`.
       backend: see the table.
       bias: [N], added in f32 before the one rounding to x's dtype.
       activations: None, or "int8" to permit kernels that round x to int8 (relative error about
@@ -66,8 +67,21 @@ def gptq_matmul(
       BackendError: the named backend cannot run this store or these activations.
     """
     x, bias = _check_operands(x, store, bias, activations, x_permuted)
-    _check_backend(x, store, backend, activations)
     out_dtype = _out_dtype(x, preferred_element_type)
+    if isinstance(store, ShardedStore):
+
+        def product(x, part, bias, out_dtype):
+            return gptq_matmul(
+                x,
+                part,
+                backend,
+                bias=bias,
+                activations=activations,
+                preferred_element_type=out_dtype,
+            )
+
+        return store.matmul(x, bias, product, out_dtype)
+    _check_backend(x, store, backend, activations)
     operands = _match_varying((x, store, bias))
     lead = x.shape[:-1]
     rows = operands[0].reshape(math.prod(lead), store.in_features)
@@ -214,7 +228,7 @@ def _reference(x: Array, store: Store, bias: Array | None, x_permuted: bool) -> 
 
 
 def _check_operands(x, store, bias, activations, x_permuted) -> tuple[Array, Array | None]:
-    if not isinstance(store, (GptqWeight, DenseStore, PackedStore)):
+    if not isinstance(store, (GptqWeight, DenseStore, PackedStore, ShardedStore)):
         raise DtypeError(
             f"gptq_matmul: store: expected a GptqWeight or what prepare() returns, found "
             f"{type(store).__name__}"

@@ -188,7 +188,7 @@ def test_frozen_scales_cost_no_matrix(layout):
 
 @pytest.mark.parametrize("layout", NOT_DENSE)
 def test_gradients_of_x_and_of_the_weight_in_turn(layout):
-    """What the backward pass keeps differs between the two; JAX traces the product once for both."""
+    """The backward pass keeps other things for each; JAX traces the product once for both."""
     store, w, x = setup(layout)
 
     def of_x():

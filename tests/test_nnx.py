@@ -123,3 +123,33 @@ def test_flax_bytes():
     data = serialization.to_bytes(lin)
     restored = serialization.from_bytes(jax.tree.map(jnp.zeros_like, lin), data)
     np.testing.assert_array_equal(restored(X), lin(X))
+
+
+def test_lora_of_flax():
+    """Flax's own LoRA around a quantized layer: nothing else is trained, and training fits."""
+    rng = np.random.default_rng(0)
+    weight, matrix = random_weight(rng, 64, 32, group_size=32)
+    base = jax_gptq.nnx.GptqLinear.from_linear(jax_gptq.GptqLinear.from_weight(weight))
+    codes = jax.tree.leaves(base.weight.get_value())
+    lora = nnx.LoRA(64, 4, 32, base_module=base, rngs=nnx.Rngs(0))
+    x = rng.standard_normal((16, 64)).astype(np.float32)
+    assert rel_error(lora(x), x.astype(np.float64) @ matrix) < 3e-6
+    shift = 0.1 * rng.standard_normal((64, 4)) @ rng.standard_normal((4, 32))
+    target = x.astype(np.float64) @ (matrix + shift)
+
+    @nnx.jit
+    def step(lora):
+        def loss(lora):
+            return ((lora(x) - target.astype(np.float32)) ** 2).mean()
+
+        only = nnx.DiffState(0, nnx.LoRAParam)
+        value, grads = nnx.value_and_grad(loss, argnums=only)(lora)
+        assert set(nnx.to_pure_dict(grads)) == {"lora_a", "lora_b"}
+        trained = nnx.state(lora, nnx.LoRAParam)
+        nnx.update(lora, jax.tree.map(lambda p, g: p - 0.5 * g, trained, grads))
+        return value
+
+    losses = [float(step(lora)) for _ in range(200)]
+    assert losses[-1] < 0.05 * losses[0], losses[::40]
+    for before, after in zip(codes, jax.tree.leaves(base.weight.get_value())):
+        np.testing.assert_array_equal(before, after)

@@ -6,6 +6,7 @@ from jax_gptq.models.embedded import embedded_path
 from jax_gptq.models.fusing import fuse_projections
 from jax_gptq.models.loading import float_tensors, load, new_model
 from jax_gptq.models.naming import layer_at, linears, set_layer
+from jax_gptq.models.sharding import shard
 
 __all__ = [
     "CausalLM",
@@ -19,4 +20,5 @@ __all__ = [
     "new_model",
     "read_config",
     "set_layer",
+    "shard",
 ]

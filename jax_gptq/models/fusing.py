@@ -15,7 +15,7 @@ from jax_gptq.linear import GptqLinear
 from jax_gptq.models.causal_lm import CausalLM
 from jax_gptq.models.decoder import Attention, Mlp
 from jax_gptq.models.layers import FusedLinear, QuantizedLinear
-from jax_gptq.stores import DenseStore, logical_weight
+from jax_gptq.stores import TERMINAL, logical_weight
 from jax_gptq.weight import GptqWeight, side_by_side
 
 _TOGETHER = {Attention: ("q_proj", "k_proj", "v_proj"), Mlp: ("gate_proj", "up_proj")}
@@ -59,7 +59,7 @@ def _fused(layers: Sequence[Any]) -> FusedLinear | None:
     if any(not isinstance(layer, QuantizedLinear) for layer in layers):
         return None
     stores = [layer.weight.get_value() for layer in layers]
-    if isinstance(stores[0], DenseStore) or len({type(store) for store in stores}) > 1:
+    if isinstance(stores[0], TERMINAL) or len({type(store) for store in stores}) > 1:
         return None
     weights = [logical_weight(store) for store in stores]
     if len({_facts(layer, weight) for layer, weight in zip(layers, weights)}) > 1:

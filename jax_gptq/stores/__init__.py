@@ -12,9 +12,12 @@ from jax_gptq.stores.cpu import CpuStore
 from jax_gptq.stores.cuda import CudaStore
 from jax_gptq.stores.dense import DenseStore
 from jax_gptq.stores.protocol import PackedStore
+from jax_gptq.stores.sharded import ShardedStore
 from jax_gptq.weight import GptqWeight, is_concrete
 
-Store: TypeAlias = GptqWeight | DenseStore | PackedStore
+Store: TypeAlias = GptqWeight | DenseStore | PackedStore | ShardedStore
+# Stores without a way back to the weight.
+TERMINAL = (DenseStore, ShardedStore)
 
 PACKED_LAYOUTS: dict[str, type[PackedStore]] = {"cpu": CpuStore, "cuda": CudaStore}
 LAYOUTS = ("reference", "dense", *PACKED_LAYOUTS)
@@ -42,14 +45,14 @@ def prepare(weight: Store, layout: str | None = None) -> Store:
 
     Raises:
       LayoutError: an unknown or unsupported layout ("metal"), one that cannot hold this weight, or
-        a dense store, which has no way back.
+        a dense or sharded store, which has no way back.
       TracingError: called inside `jax.jit`; repacking is done once, outside.
     """
     _check_layout(layout)
-    if isinstance(weight, DenseStore):
+    if isinstance(weight, TERMINAL):
         raise LayoutError(
-            "prepare: expected a GptqWeight or a packed store, found a dense store, which no "
-            "longer holds codes and scales; prepare from the original weight"
+            f"prepare: expected a GptqWeight or a packed store, found a {type(weight).__name__}, "
+            f"which has no way back; prepare from the original weight"
         )
     if not isinstance(weight, (GptqWeight, PackedStore)):
         raise DtypeError(
@@ -76,10 +79,12 @@ def logical_weight(store: Store) -> GptqWeight:
     """The `GptqWeight` that a store stands for.
 
     Raises:
-      LayoutError: a dense store no longer holds it.
+      LayoutError: a dense or sharded store has no way back.
     """
-    if isinstance(store, DenseStore):
-        raise LayoutError("a dense store no longer holds codes and scales; keep the GptqWeight")
+    if isinstance(store, TERMINAL):
+        raise LayoutError(
+            f"a {type(store).__name__} has no way back to its weight; keep the GptqWeight"
+        )
     return store if isinstance(store, GptqWeight) else store.unpack()
 
 

@@ -1,0 +1,116 @@
+"""A weight in parts, one on each device along an axis of a mesh.
+
+The cuts are those of tensor parallelism (Shoeybi et al., "Megatron-LM", arXiv:1909.08053): along N
+every device computes its own columns of y, along K its own share of every sum.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from jax_gptq.errors import ShapeError
+from jax_gptq.pytree import static_field
+
+# (x, store, bias, out_dtype) -> y: the product of one device.
+Product: TypeAlias = Callable[[Array, Any, Array | None, DTypeLike], Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ShardedStore:
+    """A `GptqWeight` W [K, N] cut into D parts of equal shape, D the size of `axis`.
+
+    Columns ("columns"): part i holds columns i * ceil(N / D) and on. Rows ("rows"): part i holds
+    rows perm[i * R] and on, R rows each. What lies beyond N or K is zero. A store as any other, but
+    without a way back: keep the weight, or load it again, to save it or to cut it in another way.
+
+    Attributes:
+      parts: a store of one part, every leaf with a leading axis [D] that is sharded over `axis`.
+      perm: int32 [K], of "rows": the row of W at each row of the parts together; None: in order.
+      mesh, axis: where the parts are.
+      batch_axis: axis of the mesh over which the first dimension of x is split, or None.
+      cut: "columns" or "rows".
+      whole: whether every device has all of the activations along the cut: y of "columns", x of
+        "rows"; else its own part.
+      in_features, out_features: K and N.
+    """
+
+    parts: Any
+    perm: Array | None
+    mesh: Mesh = static_field()
+    axis: str = static_field()
+    batch_axis: str | None = static_field()
+    cut: str = static_field()
+    whole: bool = static_field()
+    in_features: int = static_field()
+    out_features: int = static_field()
+
+    def matmul(self, x: Array, bias: Array | None, product: Product, out_dtype: DTypeLike) -> Array:
+        """x [..., K] @ W + bias -> [..., N] in `out_dtype`, through `jax.shard_map`.
+
+        Cut along N, y is sharded over `axis` in its last dimension unless `whole`. Cut along K, so
+        is x; the devices' sums are added in f32, and the bias to those.
+
+        Raises:
+          ShapeError: the devices along `batch_axis` cannot share x's first dimension.
+        """
+        self._check_batch(x)
+        by_columns = self.cut == "columns"
+        devices, features = self.mesh.shape[self.axis], self.parts.out_features
+        padded_k, padded_n = devices * self.parts.in_features, devices * features
+        lead = (self.batch_axis, *[None] * (x.ndim - 2)) if x.ndim > 1 else ()
+        whole, split = P(*lead, None), P(*lead, self.axis)
+        if not by_columns and (self.whole or self.perm is not None or padded_k > self.in_features):
+            x = self._placed(x, whole)
+            x = x if self.perm is None else jnp.take(x, self.perm, axis=-1)
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded_k - self.in_features)])
+        if by_columns and bias is not None:
+            bias = jnp.pad(self._placed(bias, P(None)), (0, padded_n - self.out_features))
+
+        def local(x, parts, bias):
+            store = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), parts)
+            if by_columns:
+                return product(x, store, bias, out_dtype)
+            y = jax.lax.psum(product(x, store, None, jnp.float32), self.axis)
+            if bias is not None:
+                y = y + bias.astype(jnp.float32)
+            return y.astype(out_dtype)
+
+        x_spec, bias_spec = (whole, P(self.axis)) if by_columns else (split, P(None))
+        y = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(x_spec, P(self.axis), bias_spec),
+            out_specs=split if by_columns else whole,
+        )(
+            self._placed(x, x_spec),
+            self.parts,
+            None if bias is None else self._placed(bias, bias_spec),
+        )
+        if by_columns and (self.whole or padded_n > self.out_features):
+            y = self._placed(y, whole)[..., : self.out_features]
+        return y
+
+    def _placed(self, x: Array, spec: P) -> Array:
+        """x as `spec` says; explicit axes of a mesh are only moved when told to."""
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types))
+        explicit = kinds[self.axis] == AxisType.Explicit
+        move = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+        return move(x, NamedSharding(self.mesh, spec))
+
+    def _check_batch(self, x: Array) -> None:
+        if self.batch_axis is None:
+            return
+        devices = self.mesh.shape[self.batch_axis]
+        if x.ndim < 2 or x.shape[0] % devices:
+            raise ShapeError(
+                f"gptq_matmul: x: expected a first dimension that {devices} devices along "
+                f"batch_axis {self.batch_axis!r} can share, found shape {x.shape}"
+            )
