@@ -16,7 +16,7 @@ from jax_gptq.reference import reference_matmul
 from jax_gptq.stores import PACKED_LAYOUTS, Store, logical_weight
 from jax_gptq.stores.dense import DenseStore
 from jax_gptq.stores.protocol import PackedStore
-from jax_gptq.stores.sharded import ShardedStore
+from jax_gptq.stores.sharded import Product, ShardedStore
 from jax_gptq.weight import GptqWeight
 
 X_DTYPES = ("float32", "bfloat16", "float16")
@@ -45,8 +45,9 @@ def gptq_matmul(
     | "cuda-emulated" | layout "cuda"        | the CUDA kernels' source on the host (for tests)    |
 
     None always works. A named backend never falls back: its call is emitted on any host, and XLA
-    reports a missing handler. Works under jit, vmap, grad, checkpoint, scan, shard_map and export;
-    differentiable in x, bias and the weight's scales, in reverse mode (`jax.jvp` raises).
+    reports a missing handler. Works under jit, vmap, grad, checkpoint, scan, shard_map and export
+    (the last two not with a store of `jax_gptq.sharding`); differentiable in x, bias and the
+    weight's scales, in reverse mode (`jax.jvp` raises).
 
     Args:
       x: float32, bfloat16 or float16 [..., K]; any leading dimensions, zero rows too.
@@ -69,24 +70,30 @@ def gptq_matmul(
     x, bias = _check_operands(x, store, bias, activations, x_permuted)
     out_dtype = _out_dtype(x, preferred_element_type)
     if isinstance(store, ShardedStore):
-
-        def product(x, part, bias, out_dtype):
-            return gptq_matmul(
-                x,
-                part,
-                backend,
-                bias=bias,
-                activations=activations,
-                preferred_element_type=out_dtype,
-            )
-
-        return store.matmul(x, bias, product, out_dtype)
+        return store.matmul(x, bias, _on_one_device(backend, activations), out_dtype)
     _check_backend(x, store, backend, activations)
     operands = _match_varying((x, store, bias))
     lead = x.shape[:-1]
     rows = operands[0].reshape(math.prod(lead), store.in_features)
     y = _apply(backend, activations, x_permuted, out_dtype, rows, *operands[1:])
     return y.reshape(*lead, store.out_features)
+
+
+@functools.cache
+def _on_one_device(backend: str | None, activations: str | None) -> Product:
+    """`gptq_matmul` as a sharded store calls it on each device."""
+
+    def product(x, store, bias, out_dtype):
+        return gptq_matmul(
+            x,
+            store,
+            backend,
+            bias=bias,
+            activations=activations,
+            preferred_element_type=out_dtype,
+        )
+
+    return product
 
 
 def _out_dtype(x: Array, preferred: DTypeLike | None) -> jnp.dtype:

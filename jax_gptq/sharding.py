@@ -6,6 +6,9 @@
 
 A layer of columns followed by a layer of rows, with nothing but elementwise functions between them,
 exchanges only the sums of the second (Shoeybi et al., "Megatron-LM", arXiv:1909.08053).
+
+Gradients: that of 16-bit x is rounded on each device before these add it up; copies of scales in
+several row parts have gradients of their own.
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_gptq.errors import ShardingError
+from jax_gptq.errors import LayoutError, ShapeError, ShardingError
 from jax_gptq.packing import pack_codes, unpack_codes_on_host
 from jax_gptq.stores import Store, prepare
 from jax_gptq.stores.sharded import ShardedStore
@@ -53,7 +56,8 @@ def column_parallel(
 
     Raises:
       ShardingError: not a mesh, or an axis that it does not have.
-      DtypeError, LayoutError, TracingError: as `prepare`.
+      DtypeError, LayoutError, TracingError: as `prepare`. A weight whose parts need tiles of
+        different shapes has no layout but "reference", which None then takes.
     """
     check_mesh(mesh, axis, batch_axis)
     normal = _on_host(weight)
@@ -86,10 +90,12 @@ def row_parallel(
       A store whose product every device is given whole.
 
     Raises:
-      As `column_parallel`.
+      ShapeError: K is zero. Else as `column_parallel`.
     """
     check_mesh(mesh, axis, batch_axis)
     normal = _on_host(weight)
+    if normal.in_features == 0:
+        raise ShapeError(f"row_parallel: expected rows to cut, found a weight {normal.shape}")
     parts, perm = _rows(normal, mesh.shape[axis])
     return _store(
         normal, parts, perm, mesh, axis, batch_axis, "rows", not input_is_parallel, layout
@@ -214,9 +220,13 @@ def _store(
     layout: str | None,
 ) -> ShardedStore:
     stores = _prepared(parts, mesh, layout)
-    if len({jax.tree.structure(store) for store in stores}) > 1:
-        # What one part's layout could hold another's could not.
-        stores = _prepared(parts, mesh, "reference")
+    if not _alike(stores):
+        if layout is not None:
+            raise LayoutError(
+                f'layout "{layout}": the groups of this weight make {len(parts)} parts of '
+                f'different shapes; use layout=None or "reference"'
+            )
+        stores = [jax.tree.map(np.asarray, part) for part in parts]
 
     def sharded(*leaves: np.ndarray) -> Array:
         def own(index: Any) -> np.ndarray:
@@ -244,3 +254,10 @@ def _prepared(parts: list[GptqWeight], mesh: Mesh, layout: str | None) -> list[A
     return [
         jax.tree.map(np.asarray, prepare(jax.device_put(part, device), layout)) for part in parts
     ]
+
+
+def _alike(stores: list[Any]) -> bool:
+    """Whether they can be one array per leaf: of one layout, in equal shapes."""
+    return (
+        len({(jax.tree.structure(s), *(a.shape for a in jax.tree.leaves(s))) for s in stores}) == 1
+    )

@@ -1,18 +1,22 @@
 """What `test_sharding.py` runs in a process of its own, on eight devices: python -c "...case()"."""
 
 import dataclasses
+import functools
 import itertools
+import os
 import re
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import random_weight, rel_error
 
 import jax_gptq
-from jax_gptq import GptqLinear, gptq_matmul
+from jax_gptq import GptqLinear, errors, gptq_matmul
 from jax_gptq.models import CausalLM, embedded_path, fuse_projections, generation, load, shard
 from jax_gptq.models.config import from_hf
 from jax_gptq.models.loading import new_model
@@ -42,27 +46,68 @@ WEIGHTS = [
     (96, 3, dict(group_size=8)),
     (256, 96, dict(group_size=32, g_idx="random")),
     (256, 96, dict(group_size=64, g_idx=any_g_idx(256, 4))),
+    (512, 32, dict(group_size=128, g_idx=any_g_idx(512, 4))),
     (250, 70, dict(group_size=64, g_idx=any_g_idx(250, 4))),
 ]
 
 
 def products():
-    """Every kind of weight and cut against float64, with a bias, eager and under jit."""
+    """Every kind of weight and cut against float64, with a bias; the rest is drawn."""
     rng = np.random.default_rng(0)
-    shapes, layouts = itertools.cycle([(4,), (), (2, 3), (0,)]), itertools.cycle([None, "cuda"])
-    for k, n, options in WEIGHTS:
+
+    def drawn(*choices):
+        return choices[rng.integers(len(choices))]
+
+    for (k, n, options), mesh, cut in itertools.product(WEIGHTS, meshes(), CUTS):
         weight, matrix = random_weight(rng, k, n, **options)
         bias = jnp.asarray(rng.standard_normal(n), jnp.float32)
-        for mesh, cut in itertools.product(meshes(), CUTS):
-            layout = next(layouts)
-            if options["group_size"] == 8 or not isinstance(options.get("g_idx", ""), str):
-                layout = None  # no tiles for these
-            linear = GptqLinear.from_store(cut(weight, mesh, "model", layout=layout), bias=bias)
-            x = rng.standard_normal((*next(shapes), k)).astype(np.float32)
-            expected = x.astype(np.float64) @ matrix + np.asarray(bias, np.float64)
-            jitted = jax.jit(lambda linear, x: linear(x))
-            for y in (linear(x), jitted(linear, x)):
-                assert rel_error(y, expected) < 3e-6, (k, n, options, mesh, cut)
+        batch_axis, whole = drawn(None, "data"), drawn(False, True)
+        how = {"gather_output": whole} if cut is column_parallel else {"input_is_parallel": whole}
+        how |= dict(batch_axis=batch_axis, layout=drawn(None, None, "cuda", "dense"))
+        about = (k, n, options, mesh.axis_types, cut.__name__, how)
+        try:
+            store = cut(weight, mesh, "model", **how)
+        except errors.LayoutError:
+            # These groups have no tiles.
+            assert how["layout"] == "cuda" and (k == 96 or "g_idx" in options), about
+            continue
+        linear = GptqLinear.from_store(store, bias=bias)
+        shape = drawn((4,), (2, 3)) if batch_axis else drawn((4,), (), (2, 3))
+        x = rng.standard_normal((*shape, k)).astype(np.float32)
+        expected = x.astype(np.float64) @ matrix + np.asarray(bias, np.float64)
+        y = drawn(lambda a, x: a(x), jax.jit(lambda a, x: a(x)))(linear, x)
+        assert rel_error(y, expected) < 3e-6, (about, shape)
+
+
+def transforms():
+    """vmap, scan, checkpoint, no rows, 16 bits and f32 results, as of one device."""
+    rng = np.random.default_rng(6)
+    weight, matrix = random_weight(rng, 128, 96, group_size=32, g_idx="random")
+    x = rng.standard_normal((4, 6, 128)).astype(np.float32)
+    for cut in CUTS:
+        product = functools.partial(gptq_matmul, store=cut(weight, meshes()[0], "model"))
+        assert rel_error(jax.vmap(product)(x), x @ matrix) < 3e-6
+        assert rel_error(jax.lax.map(product, x), x @ matrix) < 3e-6
+        assert jax.jit(product)(x[:0]).shape == (0, 6, 96)
+        dx = jax.jit(jax.vjp(jax.checkpoint(product), x)[1])(np.ones((4, 6, 96), np.float32))[0]
+        assert rel_error(dx, np.broadcast_to(matrix.sum(1), x.shape)) < 3e-6
+        half = jnp.asarray(x, jnp.bfloat16)
+        exact = np.asarray(half, np.float64) @ matrix
+        wide = product(half, preferred_element_type=jnp.float32)
+        assert wide.dtype == jnp.float32 and rel_error(wide, exact) < 3e-6
+        assert rel_error(product(half), exact) < 4e-3
+
+
+def uneven():
+    """Parts that need tiles of different shapes have no packed layout."""
+    weight, matrix = random_weight(
+        np.random.default_rng(0), 512, 32, group_size=128, g_idx=any_g_idx(512, 4)
+    )
+    mesh = meshes()[0]
+    x = np.random.default_rng(1).standard_normal((3, 512)).astype(np.float32)
+    assert rel_error(gptq_matmul(x, row_parallel(weight, mesh, "model")), x @ matrix) < 3e-6
+    with pytest.raises(errors.LayoutError, match="4 parts of different shapes"):
+        row_parallel(weight, mesh, "model", layout="cpu")
 
 
 def integers():
@@ -156,6 +201,35 @@ def models():
             assert one == (sums if devices == 2 else sums | gathers), (devices, one)
             assert decode_moves(model, ids) == sums | gathers
         assert fuse_projections(model) == 0
+    refusals(model, ids)
+
+
+def refusals(model: CausalLM, ids: np.ndarray):
+    """Of a sharded model."""
+    with pytest.raises(errors.ModelError, match="cut already"):
+        shard(model, meshes()[0], "model")
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(errors.ModelError, match="is sharded"):
+            jax_gptq.save_checkpoint(model, f"{folder}/out")
+        assert not os.listdir(folder)
+    with pytest.raises(errors.ShapeError, match="batch_axis 'data'"):
+        model(ids[:1])
+    with jax.set_mesh(model.mesh):
+        assert model(ids).shape == (2, 16, 2048)
+    with jax.set_mesh(meshes()[1]):
+        for call in (lambda: model(ids), lambda: model.generate(ids)):
+            with pytest.raises(errors.ShardingError, match="cut over"):
+                call()
+
+
+def heads():
+    """An output head of 8 bits is cut too."""
+    ids = np.random.default_rng(7).integers(0, 2048, (1, 16))
+    model = jax_gptq.quantize.round_head(load(embedded_path(), dtype=jnp.float32))
+    logits, tokens = model(ids), model.generate(ids, max_new_tokens=6, stop_tokens=())
+    shard(model, jax.make_mesh((8,), ("model",)), "model")
+    assert rel_error(model(ids), logits) < 1e-5
+    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=6, stop_tokens=()), tokens)
 
 
 def gpt2():

@@ -17,7 +17,9 @@ from jax_gptq.sharding import column_parallel, row_parallel
 pytestmark = pytest.mark.host
 
 
-@pytest.mark.parametrize("case", ["products", "integers", "mlp", "models", "gpt2"])
+@pytest.mark.parametrize(
+    "case", ["products", "transforms", "integers", "uneven", "mlp", "models", "heads", "gpt2"]
+)
 def test_on_eight_devices(case):
     folder = os.path.dirname(__file__)
     child = subprocess.run(
@@ -77,7 +79,9 @@ def test_refusals(weight, cut, change, error, match):
 
 def test_mixed_axis_types_are_refused(weight):
     kinds = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit)
-    mesh = jax.make_mesh((1, 1), ("data", "model"), kinds, devices=jax.devices("cpu")[:1])
+    mesh = jax.make_mesh(
+        (1, 1), ("data", "model"), axis_types=kinds, devices=jax.devices("cpu")[:1]
+    )
     with pytest.raises(errors.ShardingError, match="of one type, found Explicit and Auto"):
         column_parallel(weight, mesh, "model", batch_axis="data")
 
@@ -91,6 +95,11 @@ def test_a_sharded_store_has_no_way_back(weight):
     ):
         with pytest.raises(errors.LayoutError, match=r"ShardedStore.*no way back"):
             call()
+
+
+def test_rows_are_needed():
+    with pytest.raises(errors.ShapeError, match="expected rows to cut"):
+        row_parallel(jax_gptq.GptqWeight.zeros(0, 8), one_device(), "model")
 
 
 def test_weights_are_not_cut_inside_jit(weight):

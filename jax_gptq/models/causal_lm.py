@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jax_gptq.models import generation
 from jax_gptq.models.attention import Context, KeyValue, make_context
 from jax_gptq.models.config import DecoderConfig
 from jax_gptq.models.inputs import checked_ids, token_positions
+from jax_gptq.stores.sharded import check_context
 
 
 class CausalLM(nnx.Module):
@@ -31,11 +33,13 @@ class CausalLM(nnx.Module):
       config: the `DecoderConfig`.
       lm_head: the output head, where it is not the embedding's table.
       folded_act_order: columns were reordered for speed (see `load`); not to be saved.
+      mesh: over which `shard` has cut it, or None.
     """
 
     config: DecoderConfig
     lm_head: Any
     folded_act_order: bool = False
+    mesh: Mesh | None = None
 
     @property
     def blocks(self) -> Sequence[Any]:
@@ -64,7 +68,10 @@ class CausalLM(nnx.Module):
 
         Raises:
           ModelError: not two-dimensional integers, or longer than the model's positions.
+          ShardingError: the model is sharded, and another mesh is set.
         """
+        if self.mesh is not None:
+            check_context(self.mesh)
         ids = checked_ids(self.config, input_ids)
         return _logits(self, ids)
 
@@ -121,6 +128,7 @@ class CausalLM(nnx.Module):
 
         Raises:
           ModelError: an argument of the wrong shape, dtype or range.
+          ShardingError: the model is sharded, and another mesh is set.
         """
         pieces = generation.stream(
             self,

@@ -16,6 +16,7 @@ from jax_gptq.errors import ModelError
 from jax_gptq.models.attention import KeyValue, make_context
 from jax_gptq.models.inputs import checked_ids, checked_lengths, token_positions
 from jax_gptq.models.sampling import Sampler
+from jax_gptq.stores.sharded import check_context
 
 # Of text on a screen, too short to be seen as a pause.
 _PIECE_SECONDS = 0.05
@@ -142,6 +143,8 @@ def stream(
     Raises:
       ModelError: as `generate`, or a chunk below 1.
     """
+    if model.mesh is not None:
+        check_context(model.mesh)
     ids = checked_ids(model.config, input_ids, max_new_tokens)
     if max_new_tokens < 1:
         raise ModelError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")

@@ -23,7 +23,7 @@ _ATTENTION = ("self_attn", "attn")
 
 
 def shard(model: CausalLM, mesh: Mesh, axis: str, *, batch_axis: str | None = None) -> None:
-    """Cut every linear layer, in place, over an axis of a mesh; then use the model as before.
+    """Cut every quantized layer, in place, over an axis of a mesh; then use the model as before.
 
     q, k, v, gate and up are cut along out_features, o and down along in_features, so that a block
     exchanges two sums. Where the devices can share the kv heads, a single row's keys and values are
@@ -37,23 +37,27 @@ def shard(model: CausalLM, mesh: Mesh, axis: str, *, batch_axis: str | None = No
             model = jax_gptq.models.load(path, dtype=jnp.bfloat16)
         jax_gptq.models.shard(model, jax.make_mesh((4,), ("model",)), "model")
 
-    Such a model cannot be saved, fused or cut again.
+    Such a model cannot be saved, fused or cut again. It is called outside `jax.set_mesh`, or inside
+    `jax.set_mesh(model.mesh)`.
 
     Args:
       model: a loaded model.
-      mesh: of the devices. Its axis types do not matter: within the model XLA decides.
+      mesh: of the devices, with any axis types: `model.mesh` is the same with automatic ones, since
+        within the model XLA decides.
       axis: of the mesh, over which weights are cut. Any sizes will do.
-      batch_axis: of the mesh, over which a batch is split, or None.
+      batch_axis: of the mesh, over which every batch is split, or None.
 
     Raises:
-      ModelError: not a `CausalLM`, or its projections are fused.
+      ModelError: not a `CausalLM`, its projections are fused, or it is cut already.
       ShardingError: not a mesh, or an axis that it does not have.
-      LayoutError: a weight in dense layout, or cut already. Nothing is changed.
+      LayoutError: a weight in dense layout. Nothing is changed.
     """
     if not isinstance(model, CausalLM):
         raise ModelError(
             f"shard: expected a jax_gptq.models.CausalLM, found {type(model).__name__}"
         )
+    if model.mesh is not None:
+        raise ModelError(f"shard: this model is cut already, over {model.mesh.abstract_mesh}")
     layers = linears(model)
     for name, layer in layers.items():
         if isinstance(layer, FusedLinear):
@@ -81,13 +85,15 @@ def shard(model: CausalLM, mesh: Mesh, axis: str, *, batch_axis: str | None = No
         return leaf if on_mesh else jax.device_put(leaf, whole)
 
     nnx.update(model, jax.tree.map(placed, nnx.state(model)))
+    model.mesh = mesh
 
 
 def _cut(
     model: CausalLM, name: str, store: Store, mesh: Mesh, axis: str, batch_axis: str | None
 ) -> ShardedStore:
     """The layer of that name. Between q, k, v and o parts must be whole heads."""
-    config, (*parents, child) = model.config, name.split(".")
+    config = model.config
+    *parents, child = name.removesuffix(".base_module").split(".")  # of nnx.LoRA
     # GPT-2 has q, k and v in one layer, whose parts are not heads.
     heads = config.model_type != "gpt2" and config.num_kv_heads % mesh.shape[axis] == 0
     split = heads or not (parents and parents[-1] in _ATTENTION)

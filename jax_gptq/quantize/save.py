@@ -37,8 +37,8 @@ def save_checkpoint(
       max_shard_size: bytes of data per file.
 
     Raises:
-      ModelError: not a `CausalLM`, no quantized layer, fused projections, or act-order folded into
-        other layers.
+      ModelError: not a `CausalLM`, no quantized layer, fused projections, act-order folded into
+        other layers, or a sharded model.
       And what `save_weights` raises.
     """
     if not isinstance(model, CausalLM):
@@ -51,6 +51,8 @@ def save_checkpoint(
             "save_checkpoint: the act-order of this model was folded into other layers; load it "
             "with fold_act_order=False"
         )
+    if model.mesh is not None:
+        raise ModelError("save_checkpoint: this model is sharded; load it again and save that")
     layers = {
         ".".join(map(str, keys)): layer
         for keys, layer in nnx.iter_modules(model)
