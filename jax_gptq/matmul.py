@@ -81,19 +81,8 @@ def gptq_matmul(
 
 @functools.cache
 def _on_one_device(backend: str | None, activations: str | None) -> Product:
-    """`gptq_matmul` as a sharded store calls it on each device."""
-
-    def product(x, store, bias, out_dtype):
-        return gptq_matmul(
-            x,
-            store,
-            backend,
-            bias=bias,
-            activations=activations,
-            preferred_element_type=out_dtype,
-        )
-
-    return product
+    """`gptq_matmul` as a sharded store calls it on each device: one object, as jit wants it."""
+    return functools.partial(gptq_matmul, backend=backend, activations=activations)
 
 
 def _out_dtype(x: Array, preferred: DTypeLike | None) -> jnp.dtype:

@@ -1,7 +1,7 @@
 """Flax NNX layers: `GptqLinear`, a drop-in for `nnx.Linear`, and swapping by name."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -62,9 +62,7 @@ class GptqLinear(nnx.Module):
         self._set(weight, bias, dtype, None)
 
     @classmethod
-    def from_linear(
-        cls, linear: core.GptqLinear, *, dtype: DTypeLike | None = None
-    ) -> "GptqLinear":
+    def from_linear(cls, linear: core.GptqLinear, *, dtype: DTypeLike | None = None) -> Self:
         """Wrap a loaded `jax_gptq.GptqLinear`, its store as it is."""
         layer = cls(1, 1, use_bias=False)  # Flax needs its own constructor; then filled
         layer._set(linear.store, linear.bias, dtype, linear.activations)

@@ -108,8 +108,9 @@ def check_mesh(mesh: Mesh, axis: str, batch_axis: str | None) -> None:
         raise ShardingError(
             f"mesh: expected a jax.sharding.Mesh (jax.make_mesh), found {type(mesh).__name__}"
         )
-    for name, value in (("axis", axis), ("batch_axis", batch_axis)):
-        if value not in mesh.axis_names and not (name == "batch_axis" and value is None):
+    axes = {"axis": axis} if batch_axis is None else {"axis": axis, "batch_axis": batch_axis}
+    for name, value in axes.items():
+        if value not in mesh.axis_names:
             raise ShardingError(
                 f"{name}: expected one of the mesh's axes {mesh.axis_names}, found {value!r}"
             )

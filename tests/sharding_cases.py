@@ -1,4 +1,4 @@
-"""What `test_sharding.py` runs in a process of its own, on eight devices: python -c "...case()"."""
+"""What `test_sharding.py` runs, each function in a process of its own, on eight devices."""
 
 import dataclasses
 import functools

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import os
-import subprocess
-import sys
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from child import run_script
 from jax.sharding import AxisType, PartitionSpec
 from oracle import random_weight, rel_error
 
@@ -372,9 +371,8 @@ CHILD = """
 import os
 os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]} if %(pinned)r else
                      os.sched_getaffinity(0))
-import sys, jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np
 from jax_gptq.stores.cpu import CpuStore
-sys.path.insert(0, %(tests)r)
 from oracle import random_weight
 from test_cpu_kernel import run
 rng = np.random.default_rng(0)
@@ -388,17 +386,7 @@ print(np.asarray(sum(ys)).tobytes().hex()[:4096])
 
 
 def run_child(pinned):
-    code = CHILD % {"pinned": pinned, "tests": os.path.dirname(__file__)}
-    child = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
-    return child.stdout
+    return run_script(CHILD % {"pinned": pinned}, timeout=120)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity (Linux)")
@@ -425,13 +413,7 @@ store = jax_gptq.prepare(weight, layout="cpu")
 y = jax_gptq.gptq_matmul(jnp.ones((1, 64)), store, backend="cpu")
 assert y.tolist() == [[-64.0] * 3], y
 """
-    child = subprocess.run(
-        [sys.executable, "-P", "-c", script],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
+    run_script(script)
 
 
 @pytest.mark.parametrize(("backend", "device"), [("cpu", "cpu"), ("cuda", "gpu")])

@@ -1,16 +1,13 @@
 """One suite for the op: every backend of this machine, every transform, against float64."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from child import run_script
 from oracle import random_weight, rel_error
 
 import jax_gptq
@@ -258,7 +255,6 @@ def test_shard_map_over_two_devices(layout):
     script = f"""
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import PartitionSpec as P
-        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_matmul import setup, rel_error
         from jax_gptq import gptq_matmul
         store, w, x = setup({layout!r}, 128, 128, lead=(6,))
@@ -270,18 +266,7 @@ def test_shard_map_over_two_devices(layout):
             grad = jax.jit(jax.grad(lambda x: rows(x, store).sum()))(x)
             assert rel_error(grad, np.broadcast_to(w.sum(1), x.shape)) < 3e-6
     """
-    child = subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(script)],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode == 0, child.stderr[-2000:]
+    run_script(script, devices=2)
 
 
 @pytest.mark.parametrize(

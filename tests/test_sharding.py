@@ -1,13 +1,10 @@
 """Tensor parallelism: on eight devices that XLA makes of the host, each case in its own process."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from child import run_script
 from oracle import random_weight
 
 import jax_gptq
@@ -21,25 +18,12 @@ pytestmark = pytest.mark.host
     "case", ["products", "transforms", "integers", "uneven", "mlp", "models", "heads", "gpt2"]
 )
 def test_on_eight_devices(case):
-    folder = os.path.dirname(__file__)
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-c",
-            f"import sys; sys.path.insert(0, {folder!r}); import sharding_cases as cases; "
-            f"assert len(cases.jax.devices()) == 8; cases.{case}()",
-        ],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    script = f"""
+        import sharding_cases
+        assert len(sharding_cases.jax.devices()) == 8
+        sharding_cases.{case}()
+    """
+    run_script(script, devices=8)
 
 
 def one_device() -> jax.sharding.Mesh:

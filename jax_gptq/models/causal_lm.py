@@ -70,8 +70,7 @@ class CausalLM(nnx.Module):
           ModelError: not two-dimensional integers, or longer than the model's positions.
           ShardingError: the model is sharded, and another mesh is set.
         """
-        if self.mesh is not None:
-            check_context(self.mesh)
+        check_context(self.mesh)
         ids = checked_ids(self.config, input_ids)
         return _logits(self, ids)
 

@@ -78,7 +78,7 @@ def _fused(layers: Sequence[Any]) -> FusedLinear | None:
     layout = getattr(stores[0], "layout", "reference")  # which a GptqWeight is
     linear = GptqLinear.from_weight(side_by_side(weights), bias, layout=layout)
     linear = dataclasses.replace(linear, activations=layers[0].activations)
-    layer = cast(FusedLinear, FusedLinear.from_linear(linear, dtype=layers[0].dtype))
+    layer = FusedLinear.from_linear(linear, dtype=layers[0].dtype)
     layer.ends = tuple(itertools.accumulate(sizes[:-1]))
     return layer
 

@@ -143,8 +143,7 @@ def stream(
     Raises:
       ModelError: as `generate`, or a chunk below 1.
     """
-    if model.mesh is not None:
-        check_context(model.mesh)
+    check_context(model.mesh)
     ids = checked_ids(model.config, input_ids, max_new_tokens)
     if max_new_tokens < 1:
         raise ModelError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")

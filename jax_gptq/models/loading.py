@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +228,7 @@ class _Reader:
     def prepared(self, weight: GptqWeight, bias: ArrayLike | None) -> QuantizedLinear:
         """The layer, repacked for its backend."""
         linear = GptqLinear.from_weight(weight, bias, layout=self.layout)
-        return cast(QuantizedLinear, QuantizedLinear.from_linear(linear))
+        return QuantizedLinear.from_linear(linear)
 
     def folds(self, mlp: str) -> bool:
         """Whether all three projections of that MLP are quantized."""

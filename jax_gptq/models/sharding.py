@@ -1,7 +1,6 @@
 """`shard`: a model over several devices, by tensor parallelism."""
 
 import dataclasses
-from typing import cast
 
 import jax
 from flax import nnx
@@ -73,9 +72,7 @@ def shard(model: CausalLM, mesh: Mesh, axis: str, *, batch_axis: str | None = No
         if isinstance(layer, GptqLinear):
             store = _cut(model, name, layer.weight.get_value(), mesh, axis, batch_axis)
             linear = dataclasses.replace(layer.linear, store=store)
-            cut[name] = cast(
-                QuantizedLinear, QuantizedLinear.from_linear(linear, dtype=layer.dtype)
-            )
+            cut[name] = QuantizedLinear.from_linear(linear, dtype=layer.dtype)
     for name, layer in cut.items():
         set_layer(model, name, layer)
     whole = NamedSharding(mesh, P())
@@ -91,7 +88,7 @@ def shard(model: CausalLM, mesh: Mesh, axis: str, *, batch_axis: str | None = No
 def _cut(
     model: CausalLM, name: str, store: Store, mesh: Mesh, axis: str, batch_axis: str | None
 ) -> ShardedStore:
-    """The layer of that name. Between q, k, v and o parts must be whole heads."""
+    """The weight of the layer of that name; between q, k, v and o parts must be whole heads."""
     config = model.config
     *parents, child = name.removesuffix(".base_module").split(".")  # of nnx.LoRA
     # GPT-2 has q, k and v in one layer, whose parts are not heads.

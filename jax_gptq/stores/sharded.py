@@ -19,8 +19,8 @@ from jax.typing import DTypeLike
 from jax_gptq.errors import ShapeError, ShardingError
 from jax_gptq.pytree import static_field
 
-# (x, store, bias, out_dtype) -> y: the product of one device; hashable.
-Product: TypeAlias = Callable[[Array, Any, Array | None, DTypeLike], Array]
+# `gptq_matmul` on one device, its options chosen; hashable.
+Product: TypeAlias = Callable[..., Array]
 
 
 @jax.tree_util.register_dataclass
@@ -99,8 +99,8 @@ def _matmul(
     def local(x, parts, bias):
         part = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), parts)
         if by_columns:
-            return product(x, part, bias, out_dtype)
-        y = jax.lax.psum(product(x, part, None, jnp.float32), store.axis)
+            return product(x, part, bias=bias, preferred_element_type=out_dtype)
+        y = jax.lax.psum(product(x, part, preferred_element_type=jnp.float32), store.axis)
         if bias is not None:
             y = y + bias.astype(jnp.float32)
         return y.astype(out_dtype)
@@ -129,10 +129,13 @@ def _placed(store: ShardedStore, x: Array, spec: P) -> Array:
     return move(x, NamedSharding(store.mesh, spec))
 
 
-def check_context(mesh: Mesh) -> None:
-    """Raises ShardingError inside `jax.set_mesh` or `jax.shard_map` of another mesh than `mesh`."""
+def check_context(mesh: Mesh | None) -> None:
+    """Raises ShardingError inside `jax.set_mesh` or `jax.shard_map` of another mesh than `mesh`.
+
+    None, of what is not cut, goes with every mesh.
+    """
     context = jax.sharding.get_abstract_mesh()
-    if not context.empty and context != mesh.abstract_mesh:
+    if mesh is not None and not context.empty and context != mesh.abstract_mesh:
         raise ShardingError(
             f"the weights are cut over {mesh.abstract_mesh}, but the jax.set_mesh or jax.shard_map "
             f"around this is of {context}; use them outside it, or cut them over that mesh"

@@ -20,8 +20,10 @@ constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;  // lop3 table of (a & b) | c
 template <class T>
 constexpr uint32_t kNumber = std::is_same<T, F16>::value ? 0x64006400u : 0x43004300u;
 
-// bf16 holds 8 bits of mantissa, too few for the number and an 8-bit code: those go through f32,
-// where the number is 2^23.
+// The same in f32: 2^23.
+constexpr uint32_t kNumberF32 = 0x4b000000u;
+
+// bf16 holds 8 bits of mantissa, too few for the number and an 8-bit code: those go through f32.
 template <class T, int kBits>
 constexpr bool kThroughFloat = kBits == 8 && std::is_same<T, Bf16>::value;
 
@@ -29,7 +31,7 @@ constexpr bool kThroughFloat = kBits == 8 && std::is_same<T, Bf16>::value;
 template <class T, int kBits>
 __device__ __forceinline__ uint32_t prepare_zero(uint32_t zero) {
   if constexpr (kThroughFloat<T, kBits>) {
-    return zero | 0x4b000000u;
+    return zero | kNumberF32;
   } else {
     return zero * 0x00010001u + kNumber<T>;
   }
@@ -45,8 +47,8 @@ __device__ __forceinline__ uint32_t exact_pair(int i, const uint32_t* words, con
     return sub2<T>(lop3<kAndOr>(codes, 0x00ff00ffu, kNumber<T>), zero[i % 2]);
   } else {
     const float number = bits_float(zero[i % 2]);
-    const float low = bits_float(prmt(words[i / 2], 0x4b000000u, 0x7650 + i % 2)) - number;
-    const float high = bits_float(prmt(words[i / 2], 0x4b000000u, 0x7652 + i % 2)) - number;
+    const float low = bits_float(prmt(words[i / 2], kNumberF32, 0x7650 + i % 2)) - number;
+    const float high = bits_float(prmt(words[i / 2], kNumberF32, 0x7652 + i % 2)) - number;
     // Integers of 8 bits: the upper halves of their f32 are their bf16, exactly.
     return prmt(float_bits(low), float_bits(high), 0x7632);
   }

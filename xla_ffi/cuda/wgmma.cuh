@@ -225,8 +225,6 @@ inline WgmmaMaps wgmma_maps(const Problem& problem, const WgmmaPlan& plan,
 
 // ---- Dequantization ------------------------------------------------------------------------
 
-constexpr uint32_t kMagicF32 = 0x4b000000u;  // 2^23: the unit in the last place is 1
-
 // Scale and zero point of this lane's two rows of one 64-row tile, rows r and r + 8.
 // The scale as a duplicated pair in kExact and kSplit, else in f32; the zero point as prepare_zero
 // makes it for the type that q - z is taken in.
@@ -295,8 +293,8 @@ __device__ __forceinline__ void dequantize8(uint32_t (&a)[4], uint32_t low, uint
     const float scale = bits_float(p.scale[i % 2]);
     const float zero = bits_float(p.zero[i % 2]);
     // The code becomes the low mantissa byte of 2^23.
-    const float first = bits_float(prmt(word, kMagicF32, 0x7650 + i % 2));
-    const float second = bits_float(prmt(word, kMagicF32, 0x7652 + i % 2));
+    const float first = bits_float(prmt(word, kNumberF32, 0x7650 + i % 2));
+    const float second = bits_float(prmt(word, kNumberF32, 0x7652 + i % 2));
     a[i] = pack2<T>((first - zero) * scale, (second - zero) * scale);
   }
 }
